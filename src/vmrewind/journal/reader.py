@@ -1,0 +1,206 @@
+"""Reading segments: forward from the header until the next batch is not valid.
+
+Every consumer (recovery, ship, history, dump, verify) goes through :class:`Segment`. Batches are self-delimiting and
+self-checking: what does not carry the expected run, batch number and checksum is either not yet written, torn, or left over
+from the segment's earlier life, and in each case the valid prefix ends there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import xxhash
+
+from vmrewind.errors import CorruptionError, RepositoryError
+from vmrewind.journal import format as fmt
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    """A segment's first 4 KiB, decoded. ``uuid`` is the VM's, 16 bytes; ``size`` is the file's, bytes."""
+
+    uuid: bytes
+    run: int
+    number: int
+    first_seq: int
+    first_batch: int
+    created_ns: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch whose header and table are verified. ``table`` is ``count`` packed records (format.RECORD).
+
+    ``position`` and ``payload_position`` are byte offsets in the segment file. Record ``i`` has seq ``first_seq + i`` and
+    time ``time_ns + i``. Payloads lie in the records' order, each padded to 8 bytes.
+    """
+
+    position: int
+    number: int
+    time_ns: int
+    first_seq: int
+    count: int
+    table: bytes
+    payload_position: int
+    payload_length: int
+
+    @property
+    def end(self) -> int:
+        """Offset of the next batch."""
+        return self.payload_position + self.payload_length
+
+    @property
+    def last_seq(self) -> int:
+        """Seq of the last record."""
+        return self.first_seq + self.count - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record, for dumps and recovery; bulk readers use ``Batch.table`` with numpy. ``position``: of the payload, in the file."""
+
+    seq: int
+    time_ns: int
+    offset: int
+    length: int
+    disk: int
+    op: int
+    flags: int
+    xxh3: int
+    position: int
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether ``length`` bytes lie at ``position``."""
+        return self.op in fmt.PAYLOAD_OPS
+
+
+def records(batch: Batch) -> Iterator[Record]:
+    """The records of a batch, in order."""
+    position = batch.payload_position
+    for i, (offset, length, disk, op, flags, xxh3) in enumerate(fmt.RECORD.iter_unpack(batch.table)):
+        yield Record(batch.first_seq + i, batch.time_ns + i, offset, length, disk, op, flags, xxh3, position)
+        if op in fmt.PAYLOAD_OPS:
+            position += fmt.padded(length)
+
+
+def pack_segment_header(header: SegmentHeader) -> bytes:
+    """The 4 KiB that begin a segment."""
+    fields = (fmt.SEGMENT_MAGIC, fmt.FORMAT_VERSION, fmt.SEGMENT_HEADER_SIZE, header.uuid, header.run, header.number,
+              header.first_seq, header.first_batch, header.created_ns, header.size)  # fmt: skip
+    checked = fmt.SEGMENT.pack(*fields, 0)[: fmt.SEGMENT_CHECKED]
+    packed = checked + xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
+    return packed.ljust(fmt.SEGMENT_HEADER_SIZE, b"\0")
+
+
+def unpack_segment_header(data: bytes, path: Path | str) -> SegmentHeader:
+    """Decode and verify; raises CorruptionError, or RepositoryError for a format version from the future."""
+    if len(data) < fmt.SEGMENT.size or data[:8] != fmt.SEGMENT_MAGIC:
+        raise CorruptionError(f"{path}: not a journal segment (no magic at offset 0)")
+    fields = fmt.SEGMENT.unpack_from(data)
+    if fields[1] > fmt.FORMAT_VERSION:
+        raise RepositoryError(
+            f"{path}: journal format {fields[1]}, this vmrewind reads up to {fmt.FORMAT_VERSION}",
+            "use the vmrewind that wrote it, or a newer one",
+        )
+    if xxhash.xxh3_64_intdigest(data[: fmt.SEGMENT_CHECKED]) != fields[-1]:
+        raise CorruptionError(f"{path}: the segment header's checksum is wrong (offset 0)")
+    return SegmentHeader(*fields[3:10])
+
+
+class Segment:
+    """An open segment file, with a shared lock that keeps the pool from recycling it while it is read."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_SH)
+            self.header = unpack_segment_header(os.pread(self.fd, fmt.SEGMENT_HEADER_SIZE, 0), self.path)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, which gives the lock up."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def batch_at(self, position: int, number: int) -> Batch | None:
+        """The batch at ``position`` if it is valid and carries batch number ``number``; payloads are not looked at."""
+        head = os.pread(self.fd, fmt.BATCH.size, position)
+        if len(head) < fmt.BATCH.size:
+            return None
+        magic, checksum, run, found, time_ns, first_seq, count, _, payload = fmt.BATCH.unpack(head)
+        if magic != fmt.BATCH_MAGIC or run != self.header.run or found != number or not 0 < count <= fmt.RECORDS_MAX:
+            return None
+        table = os.pread(self.fd, count * fmt.RECORD.size, position + fmt.BATCH.size)
+        if xxhash.xxh3_64_intdigest(head[fmt.BATCH_CHECKED_FROM :] + table) != checksum:
+            return None
+        start = position + fmt.BATCH.size + len(table)
+        if start + payload > self.header.size:
+            return None
+        return Batch(position, number, time_ns, first_seq, count, table, start, payload)
+
+    def batches(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Iterator[Batch]:
+        """Batches from ``position`` on (default: all), until the next is not valid."""
+        number = self.header.first_batch if number is None else number
+        while (batch := self.batch_at(position, number)) is not None:
+            yield batch
+            position, number = batch.end, number + 1
+
+    def payload(self, record: Record) -> bytes:
+        """A record's payload, verified; raises CorruptionError naming file and offset."""
+        data = os.pread(self.fd, record.length, record.position)
+        if len(data) != record.length or xxhash.xxh3_64_intdigest(data) != record.xxh3:
+            raise CorruptionError(
+                f"{self.path}: the payload of record {record.seq} is damaged (offset {record.position}, {record.length} bytes)"
+            )
+        return data
+
+    def intact(self, batch: Batch) -> bool:
+        """Whether every payload of the batch matches its checksum."""
+        data = os.pread(self.fd, batch.payload_length, batch.payload_position)
+        if len(data) != batch.payload_length:
+            return False
+        view = memoryview(data)
+        for record in records(batch):
+            if record.has_payload:
+                at = record.position - batch.payload_position
+                if xxhash.xxh3_64_intdigest(view[at : at + record.length]) != record.xxh3:
+                    return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentFile:
+    """A live segment's file, known by name only."""
+
+    path: Path
+    run: int
+    number: int
+
+
+def segment_files(journal: Path, run: int | None = None) -> list[SegmentFile]:
+    """The live segments of a journal directory (of one run, if given), in order of run and number."""
+    try:
+        names = os.listdir(journal)
+    except FileNotFoundError:
+        return []
+    parsed = ((name, fmt.parse_segment_name(name)) for name in names)
+    found = [SegmentFile(journal / name, *key) for name, key in parsed if key is not None]
+    return sorted((f for f in found if run is None or f.run == run), key=lambda f: (f.run, f.number))

@@ -1,0 +1,188 @@
+"""What is known of a run besides its records: ``runs/<run>.json`` and ``head.json`` (docs/architecture.md gives both).
+
+Plain JSON and dataclasses, because the start process, capture, ship and the history all use them and capture may import the
+standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmrewind.errors import CorruptionError
+from vmrewind.journal.format import run_name
+
+
+def new_run_id() -> int:
+    """A run id that sorts by time and that no other host will make: unix seconds, then 30 random bits."""
+    return int(time.time()) << 30 | secrets.randbits(30)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A moment as (run, seq): the state right after that record. ``time_ns`` is the record's time since the epoch."""
+
+    run: int
+    seq: int
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageIdentity:
+    """What tells whether a disk image was touched behind our back. ``device`` is the block device's number, 0 for files."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskInfo:
+    """A disk as a run assigned it. ``size`` is the export's, bytes; ``index`` is the disk number in its records."""
+
+    index: int
+    target: str
+    size: int
+    format: str
+    image: str
+    backing: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Discontinuity:
+    """Why a disk of a run does not continue its parent's history, and since when that history is unknown."""
+
+    cause: str
+    since_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """The beginning of a run. ``bases[target]`` is the id of the base that the disk equals at ``first_seq``."""
+
+    run: int
+    parent: Position | None
+    vm: str
+    uuid: str
+    host: str
+    start_time_ns: int
+    first_seq: int
+    disks: tuple[DiskInfo, ...]
+    bases: Mapping[str, str] = field(default_factory=dict)
+    gaps: Mapping[str, Discontinuity] = field(default_factory=dict)
+
+    def disk(self, target: str) -> DiskInfo | None:
+        """The disk called ``target``, None if this run had no such disk."""
+        return next((disk for disk in self.disks if disk.target == target), None)
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        plain = asdict(self) | {"run": run_name(self.run), "bases": dict(self.bases)}
+        plain["gaps"] = {target: asdict(gap) for target, gap in self.gaps.items()}
+        if self.parent is not None:
+            plain["parent"]["run"] = run_name(self.parent.run)
+        return json.dumps(plain, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, origin: str) -> RunInfo:
+        """Parse a file's content; ``origin`` names it in a CorruptionError."""
+        try:
+            plain: dict[str, Any] = json.loads(data)
+            return cls(
+                run=int(plain["run"], 16),
+                parent=_position(plain["parent"]) if plain["parent"] else None,
+                vm=plain["vm"],
+                uuid=plain["uuid"],
+                host=plain["host"],
+                start_time_ns=plain["start_time_ns"],
+                first_seq=plain["first_seq"],
+                disks=tuple(DiskInfo(**disk) for disk in plain["disks"]),
+                bases=plain["bases"],
+                gaps={target: Discontinuity(**gap) for target, gap in plain["gaps"].items()},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptionError(f"{origin}: not a run's description: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The moment that the images hold while no capture is alive, and the identity by which each is recognised."""
+
+    position: Position
+    images: Mapping[str, ImageIdentity]
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        plain = {
+            "run": run_name(self.position.run),
+            "seq": self.position.seq,
+            "time_ns": self.position.time_ns,
+            "images": {target: asdict(identity) for target, identity in self.images.items()},
+        }
+        return json.dumps(plain, indent=1).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, origin: str) -> Head:
+        """Parse a file's content; ``origin`` names it in a CorruptionError."""
+        try:
+            plain: dict[str, Any] = json.loads(data)
+            images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
+            return cls(_position(plain), images)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptionError(f"{origin}: not a head description: {error!r}") from error
+
+
+def _position(plain: Mapping[str, Any]) -> Position:
+    return Position(int(plain["run"], 16), plain["seq"], plain["time_ns"])
+
+
+def run_path(journal: Path, run: int) -> Path:
+    """Where a run's description lies in a journal directory."""
+    return journal / "runs" / f"{run_name(run)}.json"
+
+
+def local_runs(journal: Path) -> list[RunInfo]:
+    """Every run that a journal directory describes, oldest first; empty if the directory does not exist."""
+    try:
+        names = sorted(name for name in os.listdir(journal / "runs") if name.endswith(".json"))
+    except FileNotFoundError:
+        return []
+    return [RunInfo.from_json((journal / "runs" / name).read_bytes(), str(journal / "runs" / name)) for name in names]
+
+
+def read_head(journal: Path) -> Head | None:
+    """The journal's head, None while a capture is alive, after it died, or before the first run."""
+    path = journal / "head.json"
+    try:
+        return Head.from_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` so that after a power loss either the old or the new content is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
