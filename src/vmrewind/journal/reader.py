@@ -116,7 +116,10 @@ def unpack_segment_header(data: bytes, path: Path | str) -> SegmentHeader:
 
 
 class Segment:
-    """An open segment file, with a shared lock that keeps the pool from recycling it while it is read."""
+    """An open segment file, with a shared lock that keeps the pool from recycling it while it is read.
+
+    Raises FileNotFoundError if the segment is gone, or was recycled between the listing and the opening.
+    """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -124,6 +127,9 @@ class Segment:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH)
             self.header = unpack_segment_header(os.pread(self.fd, fmt.SEGMENT_HEADER_SIZE, 0), self.path)
+            named = fmt.parse_segment_name(self.path.name)
+            if named is not None and named != (self.header.run, self.header.number):
+                raise FileNotFoundError(f"{self.path}: recycled while it was being opened")
         except BaseException:
             os.close(self.fd)
             raise
