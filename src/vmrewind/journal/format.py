@@ -18,7 +18,8 @@ SEGMENT_SIZE: Final = 64 << 20
 SEGMENT_MAGIC: Final = b"VMRWSEGM"
 SEGMENT_HEADER_SIZE: Final = 4096
 SEGMENT: Final = struct.Struct("<8sII16sQQQQQQQ")
-"""magic, version, header size, VM uuid, run, segment number, first seq, first batch, creation time (ns), size, xxh3 of the former."""
+"""magic, version, header size, VM uuid, run, segment number, first seq, first batch, creation time (ns), size,
+xxh3_64 of the former."""
 SEGMENT_CHECKED: Final = SEGMENT.size - 8
 
 BATCH_MAGIC: Final = b"VMRWBTCH"

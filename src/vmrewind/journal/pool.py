@@ -17,7 +17,13 @@ from typing import Final
 
 from vmrewind.errors import SpaceError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import SegmentFile, SegmentHeader, pack_segment_header, segment_files, unpack_segment_header
+from vmrewind.journal.reader import (
+    SegmentFile,
+    SegmentHeader,
+    pack_segment_header,
+    segment_files,
+    unpack_segment_header,
+)
 from vmrewind.journal.runs import sync_directory
 
 SEGMENTS_MIN: Final = 8
@@ -52,12 +58,14 @@ def segment_size(journal_size: int) -> int:
 
 
 class SegmentPool:
-    """Hands out segment files of one journal directory; ``may_recycle(segment, header)`` is the policy's word on each old one."""
+    """Hands out segment files of one journal directory; ``may_recycle(segment)`` is the policy's word on each old one."""
 
     def __init__(self, journal: Path, journal_size: int) -> None:
         self.journal = journal
         self.segment_size = segment_size(journal_size)
         self.segments_max = max(2, journal_size // self.segment_size)
+        self.stretch = False
+        """Rather exceed the quota by a segment than raise JournalFull."""
         self._free: list[Path] = []
 
     def allot(self) -> None:
@@ -104,9 +112,7 @@ class SegmentPool:
         finally:
             os.close(fd)
 
-    def take(
-        self, header: SegmentHeader, may_recycle: Callable[[SegmentFile, SegmentHeader], Recycling]
-    ) -> tuple[int, int, list[Recycled]]:
+    def take(self, header: SegmentHeader, may_recycle: Callable[[SegmentFile], Recycling]) -> tuple[int, int, list[Recycled]]:
         """Make a segment with this header (its size is filled in).
 
         Returns its file descriptor, its size in bytes, and what history was dropped for it. Raises JournalFull. The caller
@@ -123,15 +129,13 @@ class SegmentPool:
         fcntl.flock(fd, fcntl.LOCK_UN)
         return fd, size, dropped
 
-    def _recycle(
-        self, may_recycle: Callable[[SegmentFile, SegmentHeader], Recycling], dropped: list[Recycled]
-    ) -> Path:
+    def _recycle(self, may_recycle: Callable[[SegmentFile], Recycling], dropped: list[Recycled]) -> Path:
         """A segment file to overwrite: the oldest, so that history shrinks from its oldest end and never gets a hole."""
         live = segment_files(self.journal)
         for i, segment in enumerate(live):
             with open(segment.path, "rb") as file:
                 header = unpack_segment_header(file.read(fmt.SEGMENT_HEADER_SIZE), segment.path)
-                verdict = may_recycle(segment, header)
+                verdict = may_recycle(segment)
                 if verdict is Recycling.NO:
                     break
                 try:
@@ -147,7 +151,7 @@ class SegmentPool:
             free = self.journal / "free-recycled.seg"
             os.rename(segment.path, free)
             return free
-        if len(segment_files(self.journal)) < self.segments_max:
+        if self.stretch or len(segment_files(self.journal)) < self.segments_max:
             return self._beyond_quota(0)
         raise JournalFull
 

@@ -64,7 +64,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record, for dumps and recovery; bulk readers use ``Batch.table`` with numpy. ``position``: of the payload, in the file."""
+    """One record, for dumps and recovery; bulk readers use ``Batch.table`` with numpy. ``position``: the payload's."""
 
     seq: int
     time_ns: int

@@ -35,7 +35,7 @@ class JournalWriter:
         uuid: bytes,
         run: int,
         clock: Clock,
-        may_recycle: Callable[[SegmentFile, SegmentHeader], Recycling],
+        may_recycle: Callable[[SegmentFile], Recycling],
         next_seq: int,
         next_batch: int = 1,
     ) -> None:
@@ -47,6 +47,7 @@ class JournalWriter:
         self.next_seq = next_seq
         self.next_batch = next_batch
         self.segment_number = 0
+        self.segment_first_batch = next_batch
         self.last_time_ns = 0
         self.dropped: list[Recycled] = []
         """History that was recycled to make room, for the caller to declare and clear."""
@@ -90,9 +91,7 @@ class JournalWriter:
         seq = self.next_seq
         time_ns = self._clock.take(count)
         # The checksum covers the header's fields after itself and the table, which lie behind one another.
-        fmt.BATCH.pack_into(
-            head, 0, fmt.BATCH_MAGIC, 0, self.run, self.next_batch, time_ns, seq, count, 0, payload_length
-        )
+        fmt.BATCH.pack_into(head, 0, fmt.BATCH_MAGIC, 0, self.run, self.next_batch, time_ns, seq, count, 0, payload_length)
         checksum = _xxh3(self._head_view[fmt.BATCH_CHECKED_FROM : head_length])
         head[8:16] = checksum.to_bytes(8, "little")
         written = os.pwritev(self._fd, (self._head_view[:head_length], *payloads), self._position)
@@ -135,6 +134,7 @@ class JournalWriter:
         self._position = fmt.SEGMENT_HEADER_SIZE
         self.segment_number += 1
         self._rolled = True
+        self.segment_first_batch = self.next_batch
         self.dropped.extend(dropped)
 
     @property

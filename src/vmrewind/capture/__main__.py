@@ -1,0 +1,161 @@
+"""The first child process: ``python -m vmrewind.capture --journal DIR --journal-size BYTES``.
+
+It allots its storage space and says so, reads one line from stdin (the assignment: run, disks, sockets; docs/architecture.md),
+says that it is ready, and serves until SIGTERM. Standard library and xxhash only: it is in the path of every guest I/O, and
+there is one for every protected VM of a host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import socket
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vmrewind.capture.image import Image
+from vmrewind.capture.policy import POLICIES, FullPolicy
+from vmrewind.capture.recovery import End, find_end, recovery_point, replay
+from vmrewind.capture.server import Server, print_event
+from vmrewind.errors import ConfigError, ImageError, VmrewindError, VmStateError
+from vmrewind.journal import format as fmt
+from vmrewind.journal.clock import Clock
+from vmrewind.journal.events import EventLog
+from vmrewind.journal.pool import SegmentPool
+from vmrewind.journal.runs import ImageIdentity, sync_directory
+from vmrewind.journal.state import StatePage
+from vmrewind.journal.writer import JournalWriter
+
+
+def main() -> int:
+    """Run the process; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="vmrewind.capture")
+    parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--journal-size", type=int, required=True)
+    arguments = parser.parse_args()
+    try:
+        lock = lock_journal(arguments.journal)
+        pool = SegmentPool(arguments.journal, arguments.journal_size)
+        pool.allot()
+        print_event("allotted", pid=os.getpid(), journal=str(arguments.journal), bytes=arguments.journal_size)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        server = prepare(arguments.journal, pool, json.loads(line))
+    except VmrewindError as error:
+        print_event("error", kind=error.kind, message=str(error), hint=error.hint)
+        return error.exit_code
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    print_event(
+        "ready",
+        pid=os.getpid(),
+        run=fmt.run_name(server.writer.run),
+        seq=server.writer.next_seq - 1,
+        disks={target: {"size": disk.size} for target, disk in server.disks.items()},
+    )
+    server.serve()
+    os.close(lock)
+    return 0
+
+
+def lock_journal(journal: Path) -> int:
+    """Keep other captures off this journal; the lock lasts until the returned descriptor is closed."""
+    import fcntl
+
+    try:
+        journal.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{journal}: not usable as a journal: {error.strerror}", "set journal to a directory") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise VmStateError(f"{journal}: another capture is using this journal", "stop that VM first") from error
+    return fd
+
+
+def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> Server:
+    """Open the disks, go on with the run or begin it, and listen."""
+    events = EventLog(assignment["events"])
+    if assignment["on_journal_full"] not in POLICIES:
+        raise ConfigError(f"on_journal_full: {assignment['on_journal_full']!r} is none of {', '.join(POLICIES)}")
+    run = int(assignment["run"], 16)
+    state = StatePage(journal)
+    end: End | None = None
+    point = recovery_point(state)
+    if resuming := state.run == run:
+        end = find_end(journal, run, point)
+    images = open_images(assignment["disks"], resuming=resuming)
+    policy = FullPolicy(assignment["on_journal_full"], journal, state)
+    if end is not None:
+        applied = replay(journal, run, point, {image.index: image for image in images})
+        state.set_applied(end.next_batch - 1)
+        events.write("capture.recovered", pid=os.getpid(), seq=end.next_seq - 1, records_applied=applied)
+    clock = Clock(end.last_time_ns if end else assignment["time_floor_ns"])
+    first_seq = end.next_seq if end else assignment["first_seq"]
+    writer = JournalWriter(
+        pool,
+        uuid.UUID(assignment["uuid"]).bytes,
+        run,
+        clock,
+        policy.may_recycle,
+        first_seq,
+        end.next_batch if end else 1,
+    )
+    if end is not None:
+        writer.resume(end.segment, end.number, end.position)
+    server = Server(journal, pool, writer, state, clock, images, events, policy)
+    if end is None:
+        # From here on the images may move away from what the last run left: its word about them goes first.
+        (journal / "head.json").unlink(missing_ok=True)
+        sync_directory(journal)
+        state.begin(run)
+        server.record_event(fmt.Event.START, {"vm": assignment["vm"], "parent": assignment["parent"]})
+    server.listen(
+        listening_socket(assignment["nbd_socket"], assignment.get("nbd_fd")),
+        listening_socket(assignment["control_socket"], assignment.get("control_fd")) if assignment.get("control_socket") else None,
+    )
+    return server
+
+
+def open_images(disks: list[Mapping[str, Any]], *, resuming: bool) -> list[Image]:
+    """Open and lock every disk's image. At a run's beginning each must still be what its base or the last run left."""
+    images: list[Image] = []
+    for disk in disks:
+        image = Image(disk["index"], disk["target"], disk["image"], disk["format"])
+        images.append(image)
+        expected = disk.get("identity")
+        if expected and not resuming and image.identity() != ImageIdentity(**expected):
+            raise ImageError(f"{image.path}: changed while the VM was being started", "find out by whom, then start again")
+    return images
+
+
+def listening_socket(path: str, fd: int | None) -> socket.socket:
+    """The keeper's socket if it hands one over: it stays open while captures come and go. Else one of our own."""
+    if fd is not None:
+        return socket.socket(fileno=fd)
+    if len(path.encode()) > 107:
+        raise ConfigError(f"{path}: too long for a unix socket (107 bytes)", "set VMREWIND_RUNTIME_DIR to a shorter path")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(path)
+    finally:
+        os.umask(mask)
+    sock.listen(64)
+    return sock
+
+
+if __name__ == "__main__":
+    sys.exit(main())

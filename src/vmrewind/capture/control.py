@@ -1,0 +1,57 @@
+"""The control socket: one JSON object a line, one answer each. Its client is local and trusted with the VM, never more."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+LINE_MAX: Final = 64 << 10
+"""Longest instruction, bytes."""
+
+Answer = Callable[[dict[str, Any]], None]
+
+
+class ControlClient:
+    """One connection; ``instruct(request, answer)`` carries out a request and may answer later."""
+
+    def __init__(self, sock: socket.socket, instruct: Callable[[dict[str, Any], Answer], None]) -> None:
+        self._sock = sock
+        self._instruct = instruct
+        self._buffer = bytearray()
+        self._closed = False
+
+    def readable(self) -> bool:
+        """Receive and carry out what is complete; False when the client is gone or talks nonsense."""
+        try:
+            received = self._sock.recv(LINE_MAX)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self._buffer += received
+        while (end := self._buffer.find(b"\n")) >= 0:
+            line = bytes(self._buffer[:end])
+            del self._buffer[: end + 1]
+            try:
+                request = json.loads(line)
+            except ValueError:
+                request = None
+            if not isinstance(request, dict):
+                self._answer({"ok": False, "kind": "usage", "message": "an instruction is one JSON object a line"})
+                return False
+            self._instruct(request, self._answer)
+        return bool(received) and len(self._buffer) < LINE_MAX
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        if not self._closed:
+            try:
+                self._sock.send(json.dumps(answer).encode() + b"\n")
+            except OSError:
+                self.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._closed = True
+        self._sock.close()

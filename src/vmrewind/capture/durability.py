@@ -1,0 +1,160 @@
+"""Stable storage, off the loop: syncing the journal for flushes, checkpointing the images.
+
+The journal is the images' write-ahead log, so a flush syncs the journal only; flushes that arrive while a sync runs share the
+next one. The images are synced by checkpoints in a thread of their own, which a flush never waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Final, Protocol
+
+from vmrewind.capture.image import Image
+from vmrewind.journal.events import EventLog
+from vmrewind.journal.runs import sync_directory
+from vmrewind.journal.state import StatePage
+from vmrewind.journal.writer import JournalWriter
+
+
+class Waiter(Protocol):
+    """Who asked for a flush."""
+
+    def flushed(self, cookie: int, error: int) -> None:
+        """The flush is done; ``error`` is an errno, 0 for success."""
+
+
+class Worker:
+    """One thread that runs jobs in order and hands each job's completion back to the loop."""
+
+    def __init__(self, name: str, post: Callable[[Callable[[], None]], None]) -> None:
+        self._jobs: SimpleQueue[tuple[Callable[[], int], Callable[[int], None]] | None] = SimpleQueue()
+        self._post = post
+        self.busy = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], int], done: Callable[[int], None]) -> None:
+        """Run ``job`` in the thread, then ``done(its result)`` in the loop. One job at a time: look at ``busy`` first."""
+        self.busy = True
+        self._jobs.put((job, done))
+
+    def _run(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            job, done = item
+            result = job()
+
+            def complete(done: Callable[[int], None] = done, result: int = result) -> None:
+                self.busy = False
+                done(result)
+
+            self._post(complete)
+
+    def stop(self) -> None:
+        """Finish the job at hand and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+
+CHECKPOINT_SECONDS: Final = 30
+"""Longest time that image writes stay unsynced: it bounds what is replayed after the host's death."""
+
+
+class Durability:
+    """Knows what is dirty and who waits."""
+
+    def __init__(
+        self,
+        journal: Path,
+        writer: JournalWriter,
+        state: StatePage,
+        images: Sequence[Image],
+        events: EventLog,
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._journal = journal
+        self._writer = writer
+        self._state = state
+        self._images = images
+        self._events = events
+        self._flusher = Worker("flush", post)
+        self._checkpointer = Worker("checkpoint", post)
+        self._waiting: list[tuple[Waiter, int]] = []
+
+    def flush(self, waiter: Waiter, cookie: int) -> None:
+        """Tell ``waiter`` once everything journaled so far is on stable storage."""
+        self._waiting.append((waiter, cookie))
+        if not self._flusher.busy:
+            self._start_flush()
+
+    def sync_if_dirty(self) -> None:
+        """Sync the journal unless nothing was written since the last time; called once a second."""
+        if self._writer.dirty and not self._flusher.busy:
+            self._start_flush()
+
+    def _start_flush(self) -> None:
+        waiters, self._waiting = self._waiting, []
+        finished, current, rolled = self._writer.take_unsynced()
+
+        def done(error: int) -> None:
+            for waiter, cookie in waiters:
+                waiter.flushed(cookie, error)
+            if self._waiting and not self._flusher.busy:
+                self._start_flush()
+
+        self._flusher.submit(lambda: self._sync_journal(finished, current, rolled), done)
+
+    def _sync_journal(self, finished: list[int], current: int, rolled: bool) -> int:
+        try:
+            try:
+                for fd in finished:
+                    os.fdatasync(fd)
+                os.fdatasync(current)
+                if rolled:
+                    sync_directory(self._journal)
+            finally:
+                for fd in finished:
+                    os.close(fd)
+        except OSError as error:
+            # The kernel forgets pages whose writing failed, so trying again would only seem to succeed. The images hold
+            # the same writes: syncing them keeps the promise that a flush gives to the guest.
+            self._events.write("journal.sync-failed", error=str(error), journal=str(self._journal))
+            return self._sync_images()
+        return 0
+
+    def _sync_images(self) -> int:
+        try:
+            for image in self._images:
+                image.sync()
+        except OSError as error:
+            self._events.write("image.sync-failed", error=str(error))
+            return error.errno or 5
+        return 0
+
+    def checkpoint(self) -> None:
+        """Start a checkpoint unless one is running or there is nothing to do."""
+        batch = self._state.applied
+        if self._checkpointer.busy or batch == self._state.checkpoint:
+            return
+
+        def job() -> int:
+            if not (error := self._sync_images()):
+                self._state.set_checkpoint(batch)
+            return error
+
+        self._checkpointer.submit(job, lambda _: None)
+
+    def finish(self) -> None:
+        """The last sync and checkpoint, in this thread; raises OSError if either fails."""
+        self._flusher.stop()
+        self._checkpointer.stop()
+        finished, current, _ = self._writer.take_unsynced()
+        for fd in (*finished, current):
+            os.fdatasync(fd)
+        sync_directory(self._journal)
+        for image in self._images:
+            image.sync()
+        self._state.set_checkpoint(self._state.applied)

@@ -1,0 +1,212 @@
+"""A protected disk's image: a raw file, a block device, or the bytes of a qcow2 file, opened, locked, and written.
+
+For qcow2 the guest's QEMU keeps its format driver above the capture; here the file is bytes like any other. Since an NBD export
+cannot grow, the file is extended sparsely, once, to hold every cluster and all metadata that the virtual size can need.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from vmrewind.capture.locks import lock_image
+from vmrewind.errors import ImageError
+from vmrewind.journal.runs import DiskInfo, ImageIdentity
+
+_FALLOC_KEEP_SIZE: Final = 1
+_FALLOC_PUNCH_HOLE: Final = 2
+_FALLOC_ZERO_RANGE: Final = 16
+_BLKGETSIZE64: Final = 0x80081272
+
+_QCOW2: Final = struct.Struct(">4sIQIIQ")
+"""magic, version, backing file's offset, backing file's name length, cluster bits, virtual size."""
+_QCOW2_SLACK: Final = 64 << 20
+"""Room beyond the computed need, bytes: snapshot tables, bitmaps, relocated refcount tables."""
+
+_ZEROES: Final = bytes(1 << 20)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def image_identity(fd: int, path: str | Path) -> ImageIdentity:
+    """The identity of the open image ``fd``. A block device has no usable mtime: size and number must do."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return ImageIdentity(os.path.realpath(path), device_size(fd), 0, 0, status.st_rdev)
+    return ImageIdentity(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino, 0)
+
+
+def device_size(fd: int) -> int:
+    """Bytes of a file or block device."""
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        buffer = bytearray(8)
+        fcntl.ioctl(fd, _BLKGETSIZE64, buffer)
+        return int.from_bytes(buffer, "little")
+    return os.fstat(fd).st_size
+
+
+def qcow2_export_size(virtual_size: int, cluster_size: int, file_size: int) -> int:
+    """Bytes that the export of a qcow2 file needs so that it never has to grow.
+
+    Every guest cluster, 8 bytes of L2 and at least 2 bytes of refcount for each, tables rounded to clusters, some slack.
+    """
+    clusters = -(-virtual_size // cluster_size)
+    tables = clusters * 8 + clusters * 8 * 8 // cluster_size
+    refcounts = (clusters + tables // cluster_size) * 8 + cluster_size
+    metadata = -(-(tables + refcounts) // cluster_size) * cluster_size
+    need = clusters * cluster_size + metadata + _QCOW2_SLACK
+    return -(-max(need, file_size) // (1 << 20)) * (1 << 20)
+
+
+class Image:
+    """An open, exclusively locked image. ``size`` is the export's, bytes."""
+
+    def __init__(self, index: int, target: str, path: str, image_format: str) -> None:
+        self.index = index
+        self.target = target
+        self.path = path
+        self.format = image_format
+        self.backing: str | None = None
+        self.fd = _open_locked(path)
+        try:
+            self.size = self._check_format()
+            self.block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+            self.fast_zero = self._can_punch()
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _check_format(self) -> int:
+        size = device_size(self.fd)
+        head = os.pread(self.fd, 104, 0)
+        is_qcow2 = head[:4] == b"QFI\xfb"
+        if self.format == "raw":
+            if size == 0:
+                raise ImageError(f"{self.path}: the image is empty", "create it with its size first, e.g. truncate -s 20G")
+            if size % 512:
+                raise ImageError(f"{self.path}: {size} bytes is not a whole number of 512-byte sectors", "extend the image")
+            return size
+        if not is_qcow2:
+            raise ImageError(f"{self.path}: not a qcow2 image", 'set format = "raw" for this disk')
+        _, version, backing_at, backing_length, cluster_bits, virtual_size = _QCOW2.unpack_from(head)
+        if version not in (2, 3) or not 9 <= cluster_bits <= 21:
+            raise ImageError(f"{self.path}: qcow2 version {version} with {cluster_bits} cluster bits is not known")
+        if backing_at and backing_length <= 1023:
+            self.backing = os.pread(self.fd, backing_length, backing_at).decode(errors="surrogateescape")
+        needed = qcow2_export_size(virtual_size, 1 << cluster_bits, size)
+        if size < needed and not stat.S_ISBLK(os.fstat(self.fd).st_mode):
+            # Sparse: costs no space. A file that was extended before keeps its size, so this happens once.
+            os.ftruncate(self.fd, needed)
+            return needed
+        return size
+
+    def _can_punch(self) -> bool:
+        try:
+            if self.block_device:
+                return False
+            # Behind the end nothing changes: this only asks whether the file system knows the operation.
+            _fallocate(self.fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, self.size, 4096)
+        except OSError:
+            return False
+        return True
+
+    @property
+    def info(self) -> DiskInfo:
+        """How a run describes this disk."""
+        return DiskInfo(self.index, self.target, self.size, self.format, self.path, self.backing)
+
+    def identity(self) -> ImageIdentity:
+        """The image's identity now."""
+        return image_identity(self.fd, self.path)
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of ``data``; raises OSError."""
+        written = os.pwrite(self.fd, data, offset)
+        if written != len(data):
+            view = memoryview(data)
+            while written < len(view):
+                written += os.pwrite(self.fd, view[written:], offset + written)
+
+    def zero(self, offset: int, length: int, *, keep_allocated: bool) -> None:
+        """Make a range read as zeroes, as a hole unless ``keep_allocated``; raises OSError."""
+        modes = [_FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE]
+        if not keep_allocated:
+            modes.insert(0, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE)
+        for mode in modes:
+            try:
+                _fallocate(self.fd, mode, offset, length)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
+                    raise
+            else:
+                return
+        end = offset + length
+        while offset < end:
+            step = min(len(_ZEROES), end - offset)
+            self.write(memoryview(_ZEROES)[:step], offset)
+            offset += step
+
+    def allocation(self, offset: int, length: int) -> Iterator[tuple[int, bool]]:
+        """(length, is data) of consecutive extents covering the range; a hole reads as zeroes."""
+        end = min(offset + length, self.size)
+        while offset < end:
+            try:
+                data = os.lseek(self.fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    yield end - offset, True
+                    return
+                data = end
+            if data > offset:
+                hole_end = min(data, end)
+                yield hole_end - offset, False
+                offset = hole_end
+                continue
+            data_end = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+            yield data_end - offset, True
+            offset = data_end
+
+    def sync(self) -> None:
+        """Bring every write to stable storage; raises OSError."""
+        os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        """Close, which gives the lock up."""
+        os.close(self.fd)
+
+
+def _open_locked(path: str) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        if stat.S_ISBLK(os.stat(path).st_mode):
+            # For block devices O_EXCL asks the kernel whether a mounted file system or a volume group has it.
+            flags |= os.O_EXCL
+        fd = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such image", "check the path in the VM's configuration") from error
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ImageError(f"{path}: the device is in use (mounted, or part of a volume)", "unmount it first") from error
+        raise ImageError(f"{path}: cannot be opened: {error.strerror}") from error
+    try:
+        if not (stat.S_ISREG(os.fstat(fd).st_mode) or stat.S_ISBLK(os.fstat(fd).st_mode)):
+            raise ImageError(f"{path}: neither a file nor a block device")
+        lock_image(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

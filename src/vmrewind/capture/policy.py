@@ -1,0 +1,65 @@
+"""What happens when the journal cannot take more: which old segments may be used again."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Final
+
+from vmrewind.journal.format import segment_name
+from vmrewind.journal.pool import Recycling
+from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader
+from vmrewind.journal.state import StatePage
+from vmrewind.journal.writer import JournalWriter
+
+POLICIES: Final = ("drop-history", "block")
+_SHIPPED_READ_SECONDS: Final = 0.05
+
+
+class FullPolicy:
+    """``drop-history``: the oldest history goes, shipped or not. ``block``: only what ship has carried away; the guest waits.
+
+    Either way a segment whose writes are not yet on the images' stable storage stays: it is their write-ahead log.
+    """
+
+    def __init__(self, name: str, journal: Path, state: StatePage) -> None:
+        self.name = name
+        self._journal = journal
+        self._state = state
+        self._shipped: tuple[int, int] = (0, 0)
+        self._read_at = 0.0
+
+    def checkpoint_due(self, writer: JournalWriter, state: StatePage) -> bool:
+        """Whether a whole segment was written since the last checkpoint, so that the pool might soon find nothing to recycle."""
+        return writer.segment_first_batch > state.checkpoint + 1
+
+    def may_recycle(self, segment: SegmentFile) -> Recycling:
+        """The verdict on one live segment."""
+        successor = self._successor(segment)
+        if segment.run == self._state.run and (successor is None or successor.first_batch - 1 > self._state.checkpoint):
+            return Recycling.NO
+        if self._is_shipped(segment, successor):
+            return Recycling.FREE
+        return Recycling.NO if self.name == "block" else Recycling.DROPS
+
+    def _successor(self, segment: SegmentFile) -> SegmentHeader | None:
+        try:
+            with Segment(self._journal / segment_name(segment.run, segment.number + 1)) as following:
+                return following.header
+        except FileNotFoundError:
+            return None
+
+    def _is_shipped(self, segment: SegmentFile, successor: SegmentHeader | None) -> bool:
+        """Whether ship has carried all of the segment away: ``shipped.json`` is its word, written after the objects were."""
+        if time.monotonic() - self._read_at > _SHIPPED_READ_SECONDS:
+            self._read_at = time.monotonic()
+            try:
+                word = json.loads((self._journal / "shipped.json").read_bytes())
+                self._shipped = int(word["run"], 16), int(word["seq"])
+            except (OSError, ValueError, KeyError, TypeError):
+                self._shipped = (0, 0)
+        run, seq = self._shipped
+        if segment.run != run:
+            return segment.run < run
+        return successor is not None and successor.first_seq - 1 <= seq
