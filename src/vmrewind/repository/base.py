@@ -1,0 +1,194 @@
+"""Making a base: a full backup of a disk image that nobody writes to meanwhile.
+
+One thread reads what the image's file system says is data; a few others hash, compress and store it. An interrupted backup goes
+on where it was. The manifest is put last, when every chunk is durable, so a base that can be seen is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from vmrewind.errors import ImageError
+from vmrewind.journal.runs import ImageIdentity
+from vmrewind.repository.chunks import CHUNK_SIZE, Chunks
+from vmrewind.repository.manifest import Manifest, new_base_id
+from vmrewind.repository.partial import Partial
+
+if TYPE_CHECKING:
+    from vmrewind.repository.repository import VmRepository
+
+_WORKERS: Final = 2
+_AHEAD_MAX: Final = 6
+"""Most chunks that are read and not yet stored: bounds memory to about twice that many times 4 MiB."""
+_ZEROES: Final = bytes(CHUNK_SIZE)
+
+Progress = Callable[[int, int, int], None]
+"""Called with (bytes done, bytes in total, bytes sent): of the image, of the image, to the repository."""
+
+
+def make_base(
+    repository: VmRepository,
+    disk: str,
+    image: int | Path,
+    *,
+    uuid: str,
+    path: Path | None = None,
+    size: int | None = None,
+    format: str = "raw",  # noqa: A002 - the field's name everywhere
+    backing: str | None = None,
+    partial: Path,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Back the image up as a base of ``disk`` and put its manifest.
+
+    ``image`` is a file descriptor open for reading (then ``path`` names it) or a path, of a file or a block device. ``size`` is the
+    disk's, bytes, by default the image's; what it has beyond the image's end is zeroes. ``partial`` is the progress file, which
+    is removed at the end. Raises ImageError if the image cannot be read or changed while it was read, and what the store raises.
+    """
+    if isinstance(image, Path):
+        try:
+            fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ImageError(f"{image}: cannot be opened: {error.strerror}", "check the path and its mode") from error
+        try:
+            return make_base(
+                repository, disk, fd, uuid=uuid, path=path or image, size=size, format=format, backing=backing,
+                partial=partial, progress=progress,
+            )  # fmt: skip
+        finally:
+            os.close(fd)
+
+    path = path or Path(f"/proc/self/fd/{image}").readlink()
+    identity = _identity(image, path)
+    ctime_ns = os.fstat(image).st_ctime_ns
+    disk_size = identity.size if size is None else size
+    time_ns = time.time_ns()
+    with Partial(partial, identity, ctime_ns, disk_size, repository.repository.id) as done:
+        # A block device's identity does not tell whether it was written to since: read it again, though nothing is sent twice.
+        known = {} if stat.S_ISBLK(os.fstat(image).st_mode) else done.known
+        job = _Job(repository.repository.chunks, image, path, disk_size, known, done, progress or (lambda *_: None))
+        chunks = job.run()
+        if _identity(image, path) != identity:
+            raise ImageError(
+                f"{path}: the image changed while it was backed up",
+                "stop whatever writes to it, then make the backup again",
+            )
+        manifest = Manifest(
+            new_base_id(time_ns), disk, uuid, disk_size, CHUNK_SIZE, time_ns, format, backing, identity, tuple(chunks)
+        )
+        repository.put_base(manifest)
+        done.remove()
+    return manifest
+
+
+class _Job:
+    """One pass over an image; ``run`` returns the chunk ids."""
+
+    def __init__(
+        self, chunks: Chunks, fd: int, path: Path, size: int, known: dict[int, str | None], partial: Partial, progress: Progress
+    ) -> None:
+        self._chunks = chunks
+        self._fd = fd
+        self._path = path
+        self._size = size
+        self._known = known
+        self._partial = partial
+        self._progress = progress
+        self._result: list[str | None] = [None] * -(-size // CHUNK_SIZE)
+        self._done_bytes = 0
+        self._sent_bytes = 0
+        self._data_from = 0
+        self._data_to = 0
+        """The extent of data found last: [from, to)."""
+
+    def run(self) -> list[str | None]:
+        running: deque[tuple[int, Future[tuple[str | None, int]]]] = deque()
+        self._progress(0, self._size, 0)
+        with ThreadPoolExecutor(_WORKERS, "base") as pool:
+            try:
+                for index in range(len(self._result)):
+                    known = self._known.get(index)
+                    if known is not None:
+                        running.append((index, pool.submit(self._check_known, index, known)))
+                    elif index in self._known or not self._has_data(index):
+                        running.append((index, _finished()))
+                    else:
+                        running.append((index, pool.submit(self._store, self._read(index))))
+                    while len(running) > _AHEAD_MAX or (running and running[0][1].done()):
+                        self._collect(*running.popleft())
+                while running:
+                    self._collect(*running.popleft())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return self._result
+
+    def _collect(self, index: int, future: Future[tuple[str | None, int]]) -> None:
+        chunk_id, sent_bytes = future.result()
+        self._result[index] = chunk_id
+        if index not in self._known:
+            self._partial.add(index, chunk_id)
+        self._done_bytes += min(CHUNK_SIZE, self._size - index * CHUNK_SIZE)
+        self._sent_bytes += sent_bytes
+        self._progress(self._done_bytes, self._size, self._sent_bytes)
+
+    def _check_known(self, index: int, chunk_id: str) -> tuple[str | None, int]:
+        """What an earlier try stored may have been removed from the repository since."""
+        return (chunk_id, 0) if self._chunks.exists(chunk_id) else self._store(self._read(index))
+
+    def _store(self, data: bytes) -> tuple[str | None, int]:
+        if data == _ZEROES[: len(data)]:
+            return None, 0
+        return self._chunks.put(data)
+
+    def _read(self, index: int) -> bytes:
+        offset = index * CHUNK_SIZE
+        length = min(CHUNK_SIZE, self._size - offset)
+        parts = []
+        try:
+            while length > 0 and (part := os.pread(self._fd, length, offset)):
+                parts.append(part)
+                offset += len(part)
+                length -= len(part)
+        except OSError as error:
+            raise ImageError(
+                f"{self._path}: cannot be read at offset {offset}: {error.strerror}", "check the disk that holds it"
+            ) from error
+        return b"".join((*parts, bytes(length)))
+
+    def _has_data(self, index: int) -> bool:
+        """Whether the file system says that the chunk holds any data; asked for in ascending order."""
+        start, end = index * CHUNK_SIZE, min((index + 1) * CHUNK_SIZE, self._size)
+        if self._data_to <= start:
+            try:
+                self._data_from = os.lseek(self._fd, start, os.SEEK_DATA)
+                self._data_to = os.lseek(self._fd, self._data_from, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole is left
+                    self._data_from = self._data_to = self._size
+                else:  # a block device, or a file system that does not know: all is data
+                    self._data_from, self._data_to = start, self._size
+        return self._data_from < end and self._data_to > start
+
+
+def _finished() -> Future[tuple[str | None, int]]:
+    future: Future[tuple[str | None, int]] = Future()
+    future.set_result((None, 0))
+    return future
+
+
+def _identity(fd: int, path: Path) -> ImageIdentity:
+    """The open image's identity, as capture writes it: a block device has no usable mtime, its size and number must do."""
+    status = os.fstat(fd)
+    real = str(path.resolve())
+    if stat.S_ISBLK(status.st_mode):
+        return ImageIdentity(real, os.lseek(fd, 0, os.SEEK_END), 0, 0, status.st_rdev)
+    return ImageIdentity(real, status.st_size, status.st_mtime_ns, status.st_ino, 0)

@@ -1,0 +1,271 @@
+"""A repository, and one VM's part of it: the objects by their meaning. What lies where is layout.py's, how is a backend's."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final, TypeVar
+
+import xxhash
+
+from vmrewind.errors import CorruptionError, RepositoryError
+from vmrewind.journal.runs import RunInfo
+from vmrewind.repository import layout
+from vmrewind.repository.chunks import Chunks
+from vmrewind.repository.layout import ConfigName, SegmentName
+from vmrewind.repository.manifest import Manifest
+from vmrewind.repository.sealed import seal, unseal
+from vmrewind.repository.store import AlreadyExists, NotFound, Store, get_or_corrupt, open_store, put_verified
+
+FORMAT: Final = 1
+
+T = TypeVar("T")
+
+
+class Repository:
+    """An open repository. Reading needs no more rights than to read; the first write looks whether the store can be trusted."""
+
+    def __init__(self, store: Store, document: bytes, repository_id: str) -> None:
+        self.store = store
+        self.id = repository_id
+        self.chunks = Chunks(store, repository_id)
+        self._document = document
+        self._probed = False
+
+    @classmethod
+    def init(cls, url: str) -> Repository:
+        """Make a repository, and its directory. Raises RepositoryError if there is one already."""
+        return cls.init_in(open_store(url, create=True))
+
+    @classmethod
+    def init_in(cls, store: Store) -> Repository:
+        """Make a repository in an open store."""
+        try:
+            existing = cls.open_in(store)
+        except RepositoryError:
+            if store.size(layout.REPOSITORY) is not None:
+                raise
+        else:
+            raise RepositoryError(f"{store.url}: there is a repository already (id {existing.id})", "use it as it is")
+        repository_id = secrets.token_hex(16)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        document = seal({"format": FORMAT, "id": repository_id, "created": created, "encryption": None})
+        try:
+            store.put(layout.REPOSITORY, document)
+        except AlreadyExists:
+            raise RepositoryError(f"{store.url}: another process just made a repository here", "use that one") from None
+        repository = cls(store, document, repository_id)
+        try:
+            repository.probe()
+        except RepositoryError:
+            store.delete(layout.REPOSITORY)
+            raise
+        return repository
+
+    @classmethod
+    def open(cls, url: str) -> Repository:
+        """Open what ``init`` made. Raises RepositoryError if it is not there (it is never made in passing: an unmounted mount
+        point must not become a repository), or from a newer version; CorruptionError if its description is damaged."""
+        return cls.open_in(open_store(url))
+
+    @classmethod
+    def open_in(cls, store: Store) -> Repository:
+        """Open the repository in an open store."""
+        try:
+            document = store.get(layout.REPOSITORY)
+        except NotFound:
+            raise RepositoryError(
+                f"{store.url}: there is no repository here",
+                f"mount what holds it, or make one: vmrewind init {store.url}",
+            ) from None
+        origin = f"{store.url}: {layout.REPOSITORY}"
+        _refuse_newer(document, store.url)
+        content = unseal(document, origin)
+        if content.get("encryption") is not None:
+            raise RepositoryError(
+                f"{store.url}: the repository is encrypted in a way that this vmrewind does not know",
+                "use the vmrewind that made it, or a newer one",
+            )
+        repository_id = content.get("id")
+        if content.get("format") != FORMAT or not isinstance(repository_id, str):
+            raise CorruptionError(f"{origin}: not a repository's description")
+        return cls(store, document, repository_id)
+
+    @property
+    def url(self) -> str:
+        """How the user named it."""
+        return self.store.url
+
+    def probe(self) -> None:
+        """Make sure that the store can be written to and refuses to overwrite; raises RepositoryError.
+
+        Some S3 servers accept the condition and ignore it. The object tried is the repository's own description, with the
+        content that it has: a store that keeps the promise changes nothing, and so does one that breaks it.
+        """
+        if self._probed:
+            return
+        try:
+            self.store.put(layout.REPOSITORY, self._document)
+        except AlreadyExists:
+            self._probed = True
+            return
+        raise RepositoryError(
+            f"{self.url}: the store overwrites an object although it was told not to; history would not be safe there",
+            "use a store that honours conditional writes (for S3: If-None-Match on PutObject)",
+        )
+
+    def put(self, key: str, data: bytes) -> None:
+        """Put an object that may be there already with the same content."""
+        self.probe()
+        put_verified(self.store, key, data)
+
+    def read_chunk(self, chunk_id: str) -> bytes:
+        """A chunk's plain bytes, verified; raises CorruptionError naming the object."""
+        return self.chunks.read(chunk_id)
+
+    def vms(self) -> list[str]:
+        """The names of the VMs that have anything here, sorted."""
+        names = [layout.decode_name(component) for component in self.store.children(layout.VMS)]
+        return sorted(name for name in names if self.store.size(layout.vm_key(name)) is not None)
+
+    def vm(self, name: str) -> VmRepository:
+        """One VM's part, whether or not there is anything in it."""
+        return VmRepository(self, name)
+
+
+class VmRepository:
+    """The objects of one VM."""
+
+    def __init__(self, repository: Repository, name: str) -> None:
+        self.repository = repository
+        self.name = name
+        self._store = repository.store
+
+    def register(self, uuid: str) -> None:
+        """Claim the name for the VM with this uuid. Raises RepositoryError if it belongs to another VM."""
+        self.repository.probe()
+        try:
+            self._store.put(layout.vm_key(self.name), seal({"uuid": uuid, "name": self.name}))
+        except AlreadyExists:
+            owner = self.uuid()
+            if owner != uuid:
+                raise RepositoryError(
+                    f"{self.repository.url}: the name {self.name!r} belongs to another VM (uuid {owner}, this one has {uuid})",
+                    f'if it is the same VM, set uuid = "{owner}" in its TOML file; if not, give this VM another name or repository',
+                ) from None
+
+    def uuid(self) -> str | None:
+        """The uuid that the name belongs to, None if nobody claimed it."""
+        key = layout.vm_key(self.name)
+        try:
+            content = unseal(self._store.get(key), self._origin(key))
+        except NotFound:
+            return None
+        if not isinstance(uuid := content.get("uuid"), str):
+            raise CorruptionError(f"{self._origin(key)}: not a VM's description")
+        return uuid
+
+    def put_run(self, info: RunInfo) -> None:
+        """Describe a run. Raises RepositoryError if it is described there in another way."""
+        self.repository.put(f"{layout.run_prefix(self.name)}{info.run:016x}.json", seal(json.loads(info.to_json())))
+
+    def runs(self) -> list[RunInfo]:
+        """Every run described here, oldest first."""
+        found = []
+        for key, _ in self._store.list(layout.run_prefix(self.name)):
+            content = unseal(get_or_corrupt(self._store, key), self._origin(key))
+            found.append(RunInfo.from_json(json.dumps(content).encode(), self._origin(key)))
+        return found
+
+    def put_config(self, time_ns: int, suffix: str, data: bytes) -> None:
+        """Keep a version of the configuration, unless it is the newest one here already."""
+        digest = xxhash.xxh3_64_hexdigest(data)
+        newest = max(self.configs(), default=None)
+        if newest is None or (newest.digest, newest.suffix) != (digest, suffix):
+            self.repository.put(ConfigName(time_ns, digest, suffix, self.name).key, data)
+
+    def configs(self) -> list[ConfigName]:
+        """The versions of the configuration, oldest first."""
+        return self._named(layout.config_prefix(self.name), layout.parse_config_key)
+
+    def config(self, name: ConfigName) -> bytes:
+        """One version's content, verified."""
+        data = get_or_corrupt(self._store, name.key)
+        if xxhash.xxh3_64_hexdigest(data) != name.digest:
+            raise CorruptionError(f"{self._origin(name.key)}: the content does not match the checksum in its name")
+        return data
+
+    def put_base(self, manifest: Manifest) -> None:
+        """Publish a base; its chunks must be durable."""
+        self.repository.put(layout.base_key(self.name, manifest.disk, manifest.id), manifest.to_json())
+
+    def bases(self, disk: str) -> list[str]:
+        """The ids of a disk's bases, oldest first."""
+        prefix = layout.base_prefix(self.name, disk)
+        return [key.removeprefix(prefix).removesuffix(".json") for key, _ in self._store.list(prefix) if key.endswith(".json")]
+
+    def base(self, disk: str, base_id: str) -> Manifest:
+        """A base's manifest. Raises RepositoryError if there is no such base, CorruptionError if it is damaged."""
+        key = layout.base_key(self.name, disk, base_id)
+        try:
+            data = self._store.get(key)
+        except NotFound:
+            raise RepositoryError(
+                f"{self.repository.url}: there is no base {base_id} of disk {disk} of {self.name}", "is it the right repository?"
+            ) from None
+        manifest = Manifest.from_json(data, self._origin(key))
+        if (manifest.disk, manifest.id) != (disk, base_id):
+            raise CorruptionError(f"{self._origin(key)}: the manifest is that of base {manifest.id} of disk {manifest.disk}")
+        return manifest
+
+    def read_chunk(self, chunk_id: str) -> bytes:
+        """A chunk's plain bytes, verified; raises CorruptionError naming the object."""
+        return self.repository.read_chunk(chunk_id)
+
+    def segments(self) -> list[SegmentName]:
+        """The shipped segments, in order of run and first seq."""
+        return self._named(layout.segment_prefix(self.name), layout.parse_segment_key)
+
+    def put_segment(self, name: SegmentName, data: bytes) -> None:
+        """Put a shipped segment; nothing happens if it is there already with the same records."""
+        from vmrewind.repository.segment import same_records
+
+        self.repository.probe()
+        try:
+            self._store.put(name.key, data)
+        except AlreadyExists:
+            # The bytes may differ, by another version of zstd; the records must not.
+            if not same_records(name, data, get_or_corrupt(self._store, name.key)):
+                raise RepositoryError(
+                    f"{self._origin(name.key)}: the object exists with other records; nothing was overwritten",
+                    "find out what else ships this VM to this repository",
+                ) from None
+
+    def get_segment(self, name: SegmentName, offset: int = 0, length: int | None = None) -> bytes:
+        """A range of a shipped segment's bytes; raises CorruptionError if the object is missing."""
+        try:
+            return self._store.get(name.key, offset, length)
+        except NotFound as error:
+            raise CorruptionError(f"{self._origin(name.key)}: the object is missing") from error
+
+    def _named(self, prefix: str, parse: Callable[[str, str], T | None]) -> list[T]:
+        parsed = (parse(self.name, key) for key, _ in self._store.list(prefix))
+        return [name for name in parsed if name is not None]
+
+    def _origin(self, key: str) -> str:
+        return f"{self.repository.url}: {key}"
+
+
+def _refuse_newer(document: bytes, url: str) -> None:
+    """Before anything else is believed: a newer format may be sealed in another way."""
+    try:
+        found = json.loads(document)["format"]
+    except (ValueError, KeyError, TypeError):
+        return  # not newer but damaged, which is found out next
+    if isinstance(found, int) and found > FORMAT:
+        raise RepositoryError(
+            f"{url}: the repository has format {found}, this vmrewind knows up to {FORMAT}",
+            "use the vmrewind that made it, or a newer one",
+        )
