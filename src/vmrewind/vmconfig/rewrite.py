@@ -25,6 +25,7 @@ from vmrewind.vmconfig.xml import (
     ORIGINAL,
     PREFIX,
     PROTECTION,
+    attributes,
     disk_elements,
     nbd_export,
     parse_xml,
@@ -197,7 +198,8 @@ def _protected_disk(disk: etree._Element, config: DiskConfig, socket: str, recon
         driver = etree.Element("driver", name="qemu")
         new.insert(0, driver)
     driver.set("type", config.format)
-    _drop(driver, "io")  # libvirt accepts it on a network disk and does not pass it on
+    if "io" in driver.attrib:
+        del driver.attrib["io"]  # libvirt accepts it on a network disk and does not pass it on
     if not reconnect:
         # without reconnect a broken connection is an I/O error: pause the VM, so that it can go on when capture is back
         driver.set("error_policy", "stop")
@@ -232,10 +234,12 @@ def _unprotected_disk(disk: etree._Element, original: etree._Element) -> etree._
     new.set("type", original.get("type", "file"))
     driver, old = new.find("driver"), original.find("driver")
     if driver is not None:
-        for attribute in DRIVER_REPLACED:
-            _drop(driver, attribute)
-            if old is not None and (value := old.get(attribute)) is not None:
-                driver.set(attribute, value)
+        before, now = {} if old is None else attributes(old), attributes(driver)
+        driver.attrib.clear()
+        for name in [*before, *(name for name in now if name not in before)]:
+            value = before.get(name) if name in DRIVER_REPLACED else now.get(name)
+            if value is not None:
+                driver.set(name, value)
         if old is None and set(driver.attrib) <= {"name", "type"} and len(driver) == 0:
             _remove(driver)
     for name in REPLACED:
@@ -282,11 +286,6 @@ def _replace(old: etree._Element, new: etree._Element) -> None:
     assert parent is not None
     new.tail = old.tail
     parent.replace(old, new)
-
-
-def _drop(element: etree._Element, attribute: str) -> None:
-    if attribute in element.attrib:
-        del element.attrib[attribute]
 
 
 def _remove(element: etree._Element) -> None:
