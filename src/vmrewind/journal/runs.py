@@ -19,6 +19,10 @@ from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import run_name
 
 
+RESTORE_PENDING = "restore-pending.json"
+"""In a journal directory: a restore in place has begun and not ended, so the images hold no moment."""
+
+
 def new_run_id() -> int:
     """A run id that sorts by time and that no other host will make: unix seconds, then 30 random bits."""
     return int(time.time()) << 30 | secrets.randbits(30)

@@ -84,7 +84,7 @@ def load_toml(path: Path | str) -> VmConfig:
 
 
 def peek_storage(path: Path | str) -> Storage | None:
-    """The VM's name and storage space, as far as the file tells; None if it tells no name. Never raises."""
+    """The VM's name and storage space, as far as the file tells; None if it tells no name or wants no protection. Never raises."""
     path = Path.cwd() / path
     try:
         raw = _parse(path, _read(path))
@@ -93,7 +93,8 @@ def peek_storage(path: Path | str) -> Storage | None:
     except (ConfigError, Invalid, KeyError, TypeError, AttributeError):
         return None
     protection: object = raw.get("protection")
-    protection = protection if isinstance(protection, dict) else {}
+    if not isinstance(protection, dict) or protection.get("enabled") is not True:
+        return None
     journal = protection.get("journal")
     if not isinstance(journal, str) or not journal or "\0" in journal:
         journal = None

@@ -1,0 +1,85 @@
+"""The command line: which commands there are, how errors are shown. Each command is a module of its own, imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import version
+
+import cyclopts
+from rich.console import Console
+
+from vmrewind.errors import UsageError, VmrewindError
+
+app = cyclopts.App(
+    name="vmrewind",
+    help="Continuous data protection for QEMU/KVM virtual machines: every write is kept, any moment can be restored.",
+    version=lambda: version("vmrewind"),
+)
+app.command("vmrewind.cli.init:init", name="init")
+app.command("vmrewind.cli.run:run", name="run")
+app.command("vmrewind.cli.protect:protect", name="protect")
+app.command("vmrewind.cli.unprotect:unprotect", name="unprotect")
+app.command("vmrewind.cli.backup:backup", name="backup")
+app.command("vmrewind.cli.status:status", name="status")
+app.command("vmrewind.cli.timeline:timeline", name="timeline")
+app.command("vmrewind.cli.mark:mark", name="mark")
+app.command("vmrewind.cli.events:events", name="events")
+app.command("vmrewind.cli.restore:restore", name="restore")
+app.command("vmrewind.cli.capture:capture", name="capture")
+app.command("vmrewind.cli.hook:hook", name="hook")
+
+ship_app = cyclopts.App(name="ship", help="Switch the carrying of history to the repository on or off.")
+ship_app.command("vmrewind.cli.ship:on", name="on")
+ship_app.command("vmrewind.cli.ship:off", name="off")
+app.command(ship_app)
+
+journal_app = cyclopts.App(name="journal", help="Look into the local journal's files.")
+journal_app.command("vmrewind.cli.journal:dump", name="dump")
+journal_app.command("vmrewind.cli.journal:verify", name="verify")
+app.command(journal_app)
+
+
+def main() -> int:
+    """Run a command; returns the exit code: 0 done, 1 failed, 2 bad usage, others as vmrewind.errors gives them."""
+    arguments = sys.argv[1:]
+    try:
+        result = app(arguments, exit_on_error=False, print_error=False)
+    except cyclopts.CycloptsError as error:
+        return report(UsageError(_plain(error), "vmrewind COMMAND --help shows how a command is used"), arguments)
+    except VmrewindError as error:
+        return report(error, arguments)
+    except BrokenPipeError:
+        # Whoever read our output has had enough of it (| head): not an error, and nothing more may be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _plain(error: cyclopts.CycloptsError) -> str:
+    return " ".join(str(error).split())
+
+
+def report(error: VmrewindError, arguments: list[str]) -> int:
+    """Show an error as the user asked for output: text, or one JSON object with ``--json``; returns its exit code."""
+    if "--json" in arguments:
+        print(json.dumps({"error": error.kind, "message": str(error), "hint": error.hint, "exit_code": error.exit_code}))
+        return error.exit_code
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"[bold red]error:[/] {_escaped(str(error))}")
+    if error.hint:
+        console.print(f"[bold]  do:[/] {_escaped(error.hint)}")
+    return error.exit_code
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

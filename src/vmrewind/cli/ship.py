@@ -1,0 +1,39 @@
+"""``vmrewind ship on`` and ``off``."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vmrewind.start.processes import running
+from vmrewind.start.resolve import open_vm
+from vmrewind.start.wanted import switch
+
+Vm = Annotated[str, Parameter(help="The VM: its TOML file, or its name.")]
+Disks = Annotated[list[str] | None, Parameter(negative="", help="Only this disk (may be repeated); default: all.")]
+Json = Annotated[bool, Parameter(negative="", help="Print one JSON object.")]
+
+
+def on(vm: Vm, /, *, disk: Disks = None, json: Json = False) -> None:
+    """Carry the history of disks to the repository, from the VM's start on."""
+    _switch(vm, disk or [], on=True, json=json)
+
+
+def off(vm: Vm, /, *, disk: Disks = None, json: Json = False) -> None:
+    """Stop carrying the history of disks; the local journal keeps it. Switched on again, what is missing is carried then."""
+    _switch(vm, disk or [], on=False, json=json)
+
+
+def _switch(vm: str, disks: list[str], *, on: bool, json: bool) -> None:
+    handle = open_vm(vm)
+    known = [disk.target for disk in handle.require_config().protection.disk]
+    wanted = switch(handle.paths, known, disks, on=on)
+    alive = running(handle.paths) is not None
+    if json:
+        print(json_module.dumps({"vm": handle.name, "shipping": wanted, "running": alive}))
+        return
+    print(f"{handle.name}: shipping {', '.join(wanted) if wanted else 'nothing'}")
+    if not alive:
+        print("the VM is not running; its next start sets this anew from the configuration (ship = auto or on-demand)")

@@ -1,0 +1,197 @@
+"""The two child processes: how each is created, and how capture is handed its storage space, its disks and its sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from vmrewind.errors import ConfigError, StartError, by_kind
+from vmrewind.journal.format import run_name
+from vmrewind.paths import VmPaths
+from vmrewind.start.plan import Plan
+from vmrewind.vmconfig.model import VmConfig
+
+SOCKET_PATH_BYTES_MAX: Final = 107
+_BACKLOG: Final = 64
+# With 20 protected VMs on a host, each process's own arenas would cost more than its work.
+_ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def listen(path: Path, owner: tuple[int, int] | None) -> socket.socket:
+    """A listening unix socket that outlives the captures that serve it. ``owner``: (uid, gid) of QEMU's user.
+
+    Connectable by its owner and group only. Raises ConfigError if the path is too long for a socket.
+    """
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"{path}: too long for a unix socket ({SOCKET_PATH_BYTES_MAX} bytes)", "set VMREWIND_RUNTIME_DIR to a shorter path"
+        )
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        mask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(mask)
+        if owner is not None:
+            os.chown(path, *owner)
+            path.chmod(0o660)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class CaptureChild:
+    """One capture process. ``create`` gives it its storage space, ``assign`` its disks; then it serves."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def create(cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = ()) -> CaptureChild:
+        """Start the process and wait until its storage space is allotted; raises what it reports."""
+        command = [sys.executable, "-m", "vmrewind.capture", "--journal", str(journal), "--journal-size", str(journal_size)]
+        child = cls(await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit))
+        try:
+            await child._expect("allotted")
+        except BaseException:
+            await child.kill()
+            raise
+        return child
+
+    async def assign(self, assignment: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Hand over the disks and wait until they are served; raises what the process reports."""
+        assert self._process.stdin is not None, "the process was created with a pipe"
+        try:
+            self._process.stdin.write(json.dumps(assignment).encode() + b"\n")
+            await self._process.stdin.drain()
+            self._process.stdin.close()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # It has died, and what it said before is about to be read.
+        return await self._expect("ready")
+
+    async def _expect(self, event: str) -> Mapping[str, Any]:
+        assert self._process.stdout is not None, "the process was created with a pipe"
+        line = await self._process.stdout.readline()
+        if not line:
+            code = await self._process.wait()
+            raise StartError(f"the capture process ended ({_ending(code)}) before it was {event}", "its stderr is in the VM's log")
+        message: dict[str, Any] = json.loads(line)
+        if message["event"] == "error":
+            await self._process.wait()
+            raise by_kind(message["kind"], message["message"], message["hint"])
+        if message["event"] != event:
+            raise StartError(f"the capture process said {message['event']!r} instead of {event!r}")
+        return message
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def wait(self) -> str:
+        """Wait for its end; returns how it ended, in words."""
+        return _ending(await self._process.wait())
+
+    async def stop(self) -> str:
+        """Ask for a clean end of the run and wait for it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        return await self.wait()
+
+    async def kill(self) -> None:
+        """End it at once; the journal is built for that."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+
+class ShipChild:
+    """One ship process: idle until ``ship.json`` names disks."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def create(cls, paths: VmPaths, journal: Path, repository: str) -> ShipChild:
+        """Start the process."""
+        command = [sys.executable, "-m", "vmrewind.ship", "--vm", paths.name, "--journal", str(journal)]
+        command += ["--repository", repository, "--state", str(paths.state), "--runtime", str(paths.runtime)]
+        return cls(await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL))
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def wait(self) -> str:
+        """Wait for its end; returns how it ended, in words."""
+        return _ending(await self._process.wait())
+
+    async def stop(self) -> str:
+        """Ask it to send what is there, and wait for its end."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        return await self.wait()
+
+
+def assignment(
+    plan: Plan, config: VmConfig, paths: VmPaths, nbd_socket: Path, nbd: socket.socket, control: socket.socket
+) -> dict[str, Any]:
+    """What capture is told of its run (docs/architecture.md)."""
+    info = plan.info
+    return {
+        "vm": info.vm,
+        "uuid": info.uuid,
+        "run": run_name(info.run),
+        "first_seq": info.first_seq,
+        "time_floor_ns": info.parent.time_ns if info.parent else 0,
+        "parent": {"run": run_name(info.parent.run), "seq": info.parent.seq} if info.parent else None,
+        "disks": [
+            {
+                "index": disk.index,
+                "target": disk.target,
+                "image": disk.image,
+                "format": disk.format,
+                "identity": asdict(plan.identities[disk.target]),
+            }
+            for disk in info.disks
+        ],
+        "nbd_socket": str(nbd_socket),
+        "nbd_fd": nbd.fileno(),
+        "control_socket": str(paths.control_socket),
+        "control_fd": control.fileno(),
+        "events": str(paths.events(info.run)),
+        "on_journal_full": config.protection.on_journal_full,
+    }
+
+
+async def _spawn(paths: VmPaths, command: list[str], *, stdin: int, stdout: int, inherit: tuple[int, ...] = ()) -> Process:
+    """A child in a session of its own, so that the terminal's Ctrl-C is the keeper's alone; its stderr goes to the VM's log."""
+    paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(paths.log, "ab") as log:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=log,
+            pass_fds=inherit,
+            start_new_session=True,
+            env=os.environ | _ENVIRONMENT,
+        )
+
+
+def _ending(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,126 @@
+"""The keeper as a process of its own, under libvirt: ``python -m vmrewind.start.keeper``, started by the hook.
+
+It reports once, on a pipe, whether the VM may start, and then lives until the hook at the VM's release sends SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from vmrewind.errors import ConfigError, VmrewindError
+from vmrewind.journal.events import EventLog
+from vmrewind.paths import VmPaths
+from vmrewind.start.keeping import Keeper, Storage
+from vmrewind.start.libvirt import Libvirt, qemu_owner
+from vmrewind.vmconfig.domain import parse_domain, peek_storage
+from vmrewind.vmconfig.model import VmConfig
+
+_RESUME_SECONDS: Final = 60
+"""How long after capture's return a VM that pauses on an I/O error is resumed: a resume that comes too early pauses again."""
+_RESUME_POLL_SECONDS: Final = 0.2
+
+
+def main() -> int:
+    """Run the keeper of one domain; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="vmrewind.start.keeper")
+    parser.add_argument("--domain", required=True)
+    parser.add_argument("--xml", type=Path, required=True)
+    parser.add_argument("--report-fd", type=int, required=True)
+    arguments = parser.parse_args()
+
+    def report(**fields: Any) -> None:
+        with contextlib.suppress(OSError):
+            os.write(arguments.report_fd, json.dumps(fields).encode() + b"\n")
+            os.close(arguments.report_fd)
+
+    try:
+        asyncio.run(_keep(arguments.domain, arguments.xml, lambda: report(ok=True)))
+    except VmrewindError as error:
+        report(ok=False, kind=error.kind, message=str(error), hint=error.hint)
+        return error.exit_code
+    except Exception as error:
+        report(
+            ok=False,
+            kind="failed",
+            message=f"{type(error).__name__}: {error}",
+            hint="this is a bug; the VM's log has the traceback",
+        )
+        raise
+    return 0
+
+
+async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -> None:
+    xml = xml_path.read_bytes()
+    peeked = peek_storage(xml)
+    if peeked is None:
+        raise ConfigError(f"domain {domain!r} has no vmrewind protection element", "run `vmrewind protect` for it")
+    storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
+    keeper = Keeper(storage, "libvirt", qemu_owner())
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+    def load() -> VmConfig:
+        config = parse_domain(xml)
+        if config is None:
+            raise ConfigError(f"domain {domain!r} is not protected", "run `vmrewind protect` for it")
+        return config
+
+    await keeper.bring_up(load, _log, None)
+    resumer = Resumer(domain, keeper.events)
+    keeper.after_restart = resumer.capture_is_back
+    report_ready()
+    await stop.wait()
+    await keeper.stop()
+
+
+def _log(message: str) -> None:
+    """Into the VM's log, which is this process's stderr."""
+    sys.stderr.write(f"vmrewind: {message}\n")
+    sys.stderr.flush()
+
+
+class Resumer:
+    """Resumes the domain when it paused because capture was away.
+
+    libvirt before 9.2 cannot tell QEMU to wait for a server that comes back, so the disks are defined with error_policy stop:
+    the VM pauses instead of passing an error to its guest. Libvirt is only talked to after a restart, never during a hook.
+    """
+
+    def __init__(self, domain: str, events: EventLog) -> None:
+        self._domain = domain
+        self._events = events
+        self._task: asyncio.Task[None] | None = None
+
+    def capture_is_back(self) -> None:
+        """Watch the domain for a while; a watch that is under way begins anew."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def _watch(self) -> None:
+        deadline = asyncio.get_running_loop().time() + _RESUME_SECONDS
+        while asyncio.get_running_loop().time() < deadline:
+            try:
+                await asyncio.to_thread(self._resume_if_paused)
+            except VmrewindError as error:
+                _log(f"cannot resume {self._domain}: {error}")
+            await asyncio.sleep(_RESUME_POLL_SECONDS)
+
+    def _resume_if_paused(self) -> None:
+        with Libvirt() as libvirt:
+            if libvirt.domain(self._domain).resume_after_io_error():
+                self._events.write("vm.resumed", reason="it had paused on an I/O error while capture was away")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The keeper: brings a VM's two child processes up, hands over its disks, and keeps both alive until the VM stops.
+
+It owns the listening sockets, so a capture that died is replaced by one that serves the same sockets: QEMU reconnects at once and
+sends again what was not answered. In direct mode the keeper lives in ``vmrewind run``; under libvirt the hook starts it as a
+process of its own (``start/keeper.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vmrewind.errors import StartError, VmrewindError, VmStateError
+from vmrewind.journal.events import EventLog
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import new_run_id, run_path, write_durably
+from vmrewind.paths import VmPaths
+from vmrewind.start.bases import Progress
+from vmrewind.start.children import CaptureChild, ShipChild, assignment, listen
+from vmrewind.start.control import instruct
+from vmrewind.start.plan import Plan, Planner
+from vmrewind.start.processes import Keeping, Process, running
+from vmrewind.start.wanted import write_wanted
+from vmrewind.vmconfig.model import VmConfig
+
+DEATHS_MAX: Final = 5
+DEATHS_SECONDS: Final = 60
+"""After this many deaths of a child within this time, its next start waits: a child that cannot live must not eat the host."""
+_PATIENCE_SECONDS: Final = 1.0
+_SHIP_RESTART_SECONDS: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The storage space that capture is given, known before the configuration is looked at closely."""
+
+    name: str
+    journal: Path
+    journal_size: int
+
+
+class Deaths:
+    """Counts a child's recent deaths."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=DEATHS_MAX)
+
+    def pause_seconds(self) -> float:
+        """One more death: how long to wait before the next start."""
+        now = time.monotonic()
+        self._times.append(now)
+        many = len(self._times) == DEATHS_MAX and now - self._times[0] < DEATHS_SECONDS
+        return _PATIENCE_SECONDS if many else 0.0
+
+
+class Keeper:
+    """One run's keeper. ``bring_up`` ends with both children in place and every disk assigned; the CPU may then be started."""
+
+    def __init__(self, storage: Storage, mode: str, owner: tuple[int, int] | None = None, nbd_socket: Path | None = None) -> None:
+        self.storage = storage
+        self.mode = mode
+        self.paths = VmPaths(storage.name)
+        self.run = new_run_id()
+        self.events = EventLog(self.paths.events(self.run))
+        self.after_restart: Callable[[], None] = lambda: None
+        """Called after a dead capture was replaced."""
+        self.nbd_socket = nbd_socket or self.paths.nbd_socket
+        self._owner = owner
+        self._capture: CaptureChild | None = None
+        self._ship: ShipChild | None = None
+        self._sockets: tuple[socket.socket, ...] = ()
+        self._assignment: dict[str, Any] = {}
+        self._plan: Plan | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+        self._qemu_pid: int | None = None
+
+    @property
+    def run_name(self) -> str:
+        """The run's id as it is written."""
+        return run_name(self.run)
+
+    @property
+    def capture_pid(self) -> int:
+        """The living capture's process id."""
+        assert self._capture is not None, "asked after the start"
+        return self._capture.pid
+
+    # -- the order of a start: docs/architecture.md
+
+    async def bring_up(self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None) -> VmConfig:
+        """Create capture, read the configuration, assign the disks, create ship. On failure nothing is left behind."""
+        self.paths.runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
+        await clear_leftovers(self.paths)
+        self.events.write("start.begin", vm=self.storage.name, run=self.run_name, mode=self.mode)
+        try:
+            return await self._bring_up(load, say, progress)
+        except BaseException as error:
+            self.events.write("start.failed", error=str(error) or type(error).__name__)
+            await self.stop()
+            raise
+
+    async def _bring_up(self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None) -> VmConfig:
+        self._sockets = (listen(self.nbd_socket, self._owner), listen(self.paths.control_socket, None))
+        storage = self.storage
+        self._capture = await self._create_capture()
+        self._note()
+        self.events.write("capture.created", pid=self._capture.pid, journal=str(storage.journal), bytes=storage.journal_size)
+
+        config = load()
+        self.events.write("config.parsed", disks=[disk.target for disk in config.protection.disk])
+        config.save(self.paths.config)
+
+        def make_plan() -> Plan:
+            planner = Planner.of(config, self.paths, storage.journal, self.events, say, progress, alone=self.mode == "alone")
+            return planner.plan(self.run)
+
+        plan = await asyncio.to_thread(make_plan)
+        write_durably(run_path(storage.journal, self.run), plan.info.to_json())
+        self._plan = plan
+        self._assignment = assignment(plan, config, self.paths, self.nbd_socket, *self._sockets)
+        try:
+            ready = await self._capture.assign(self._assignment)
+        except VmrewindError:
+            # Not one record was written: the run never was.
+            run_path(storage.journal, self.run).unlink()
+            raise
+        self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
+
+        self._tasks.append(asyncio.create_task(self._keep_capture()))
+        if config.protection.repository is not None:
+            auto = config.protection.ship == "auto"
+            write_wanted(self.paths, [disk.target for disk in config.protection.disk] if auto else [])
+            repository = config.protection.repository
+            self._ship = await self._create_ship(repository)
+            self._note()
+            self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
+            self._tasks.append(asyncio.create_task(self._keep_ship(repository)))
+        return config
+
+    def qemu_started(self, pid: int) -> None:
+        """QEMU is there, its CPU still paused."""
+        self._qemu_pid = pid
+        self._note()
+        self.events.write("qemu.started", pid=pid)
+
+    async def _create_capture(self) -> CaptureChild:
+        inherit = tuple(sock.fileno() for sock in self._sockets)
+        return await CaptureChild.create(self.paths, self.storage.journal, self.storage.journal_size, inherit)
+
+    async def _create_ship(self, repository: str) -> ShipChild:
+        return await ShipChild.create(self.paths, self.storage.journal, repository)
+
+    def _note(self) -> None:
+        """Tell the other commands who is alive."""
+        own = Process.of(os.getpid())
+        assert own is not None, "this process is alive"
+        Keeping(
+            self.run_name,
+            self.mode,
+            own,
+            Process.of(self._capture.pid) if self._capture else None,
+            Process.of(self._ship.pid) if self._ship else None,
+            Process.of(self._qemu_pid) if self._qemu_pid else None,
+        ).write(self.paths)
+
+    # -- keeping
+
+    async def _keep_capture(self) -> None:
+        deaths = Deaths()
+        while True:
+            assert self._capture is not None, "capture was created before it is kept"
+            ending = await self._capture.wait()
+            if self._stopping:
+                return
+            self.events.write("capture.died", pid=self._capture.pid, ending=ending)
+            await asyncio.sleep(deaths.pause_seconds())
+            await self._replace_capture()
+            self.after_restart()
+
+    async def _replace_capture(self) -> None:
+        """Start captures until one serves: the guest waits meanwhile, and nothing it was promised is lost."""
+        while True:
+            try:
+                self._capture = await self._create_capture()
+                self._note()
+                await self._capture.assign(self._assignment)
+            except (VmrewindError, OSError) as error:
+                self.events.write("capture.restart-failed", error=str(error))
+                await asyncio.sleep(_PATIENCE_SECONDS)
+            else:
+                self.events.write("capture.restarted", pid=self._capture.pid)
+                return
+
+    async def _keep_ship(self, repository: str) -> None:
+        deaths = Deaths()
+        while True:
+            assert self._ship is not None, "ship was created before it is kept"
+            ending = await self._ship.wait()
+            if self._stopping:
+                return
+            self.events.write("ship.died", pid=self._ship.pid, ending=ending)
+            await asyncio.sleep(_SHIP_RESTART_SECONDS + deaths.pause_seconds())
+            self._ship = await self._create_ship(repository)
+            self._note()
+            self.events.write("ship.restarted", pid=self._ship.pid)
+
+    # -- the end
+
+    async def stop(self) -> None:
+        """End the run cleanly: capture first, so that its last records are there for ship to send."""
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self._capture is not None:
+            if self._plan is None:
+                await self._capture.kill()
+            else:
+                self.events.write("capture.ended", ending=await self._capture.stop())
+        if self._ship is not None:
+            self.events.write("ship.ended", ending=await self._ship.stop())
+        for sock in self._sockets:
+            sock.close()
+        for path in (self.nbd_socket, self.paths.control_socket, self.paths.keeper):
+            path.unlink(missing_ok=True)
+
+
+async def clear_leftovers(paths: VmPaths) -> None:
+    """Refuse a VM that is running; end a capture that its keeper and its QEMU have left behind."""
+    keeping = running(paths)
+    if keeping is None:
+        return
+    alive = keeping.qemu is not None and keeping.qemu.alive
+    if keeping.keeper.alive or alive:
+        raise VmStateError(f"{paths.name} is already running (pid {keeping.keeper.pid})", f"see `vmrewind status {paths.name}`")
+    assert keeping.capture is not None, "if its keeper is dead, what runs is its capture"
+    status = await asyncio.to_thread(lambda: instruct(paths, command="status"))
+    if any(disk["clients"] for disk in status["disks"].values()):
+        raise VmStateError(
+            f"{paths.name}: its keeper has died, but a QEMU is still connected to its disks",
+            f"stop that QEMU first; its disks are served by pid {keeping.capture.pid} until then",
+        )
+    for process in (keeping.capture, keeping.ship):
+        if process is not None and process.alive:
+            os.kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + 60
+    while keeping.capture.alive:
+        if time.monotonic() > deadline:
+            raise StartError(f"pid {keeping.capture.pid}, a capture left over from an earlier run, does not end", "look at the log")
+        await asyncio.sleep(0.05)

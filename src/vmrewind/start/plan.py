@@ -1,0 +1,287 @@
+"""Planning a run: what the images hold, which history they continue, and which bases stand below it.
+
+Comes before any disk is assigned. What a crash left is finished first; then every image is compared, by identity, with what
+the last run left. An image that nobody touched continues its history; any other gets a base of its own, and the time in between
+is a gap with a cause, because what happened to it then is not known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+import uuid as uuids
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vmrewind.capture.image import Image
+from vmrewind.capture.recovery import find_end, recover
+from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmStateError
+from vmrewind.history.history import History
+from vmrewind.journal import format as fmt
+from vmrewind.journal.events import EventLog
+from vmrewind.journal.runs import (
+    RESTORE_PENDING,
+    Discontinuity,
+    Head,
+    ImageIdentity,
+    Position,
+    RunInfo,
+    local_runs,
+    read_head,
+    write_durably,
+)
+from vmrewind.paths import VmPaths
+from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.start.bases import Progress, back_up, matching_base
+from vmrewind.vmconfig.model import VmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that may begin: its description, and what each image must still be when capture opens it."""
+
+    info: RunInfo
+    identities: Mapping[str, ImageIdentity]
+
+
+@dataclass(slots=True)
+class Past:
+    """What is known of a VM before this run."""
+
+    runs: list[RunInfo]
+    position: Position | None
+    head: Head | None
+    gap_cause: str = "the image is not as the last run left it: it was changed while the VM was off"
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Everything that planning needs to know; ``say`` tells the user what takes time."""
+
+    config: VmConfig
+    paths: VmPaths
+    journal: Path
+    events: EventLog
+    say: Callable[[str], None] = lambda _: None
+    progress: Progress | None = None
+    repository: VmRepository | None = field(default=None)
+    unreachable: RepositoryError | None = field(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        config: VmConfig,
+        paths: VmPaths,
+        journal: Path,
+        events: EventLog,
+        say: Callable[[str], None],
+        progress: Progress | None,
+        *,
+        alone: bool = False,
+    ) -> Planner:
+        """A planner with the VM's repository opened, if it can be reached now. ``alone`` does without one."""
+        if config.protection.repository is None and alone:
+            return cls(config, paths, journal, events, say, progress)
+        if config.protection.repository is None:
+            raise ConfigError(f"{config.source}: protection.repository is missing", "name the directory for bases and history")
+        try:
+            repository = Repository.open(config.protection.repository).vm(config.name)
+        except RepositoryError as error:
+            return cls(config, paths, journal, events, say, progress, None, error)
+        return cls(config, paths, journal, events, say, progress, repository)
+
+    def plan(self, run: int) -> Plan:
+        """Finish the past, make the bases that are missing, and describe the run. Raises what stops a start."""
+        self.refuse_pending_restore()
+        vm_uuid = self.vm_uuid()
+        if self.repository is not None:
+            self.repository.register(vm_uuid)
+        past = self._past()
+        self._check_sizes(past)
+        images = self.open_images()
+        bases: dict[str, str] = {}
+        gaps: dict[str, Discontinuity] = {}
+        try:
+            for image in images:
+                self._check_size(image, past, vm_uuid)
+                continuous = self._continues(image, past)
+                base = matching_base(self.paths, self.repository, image.target, vm_uuid, image.identity())
+                wanted = self.config.protection.repository is not None
+                if base is None and wanted and not (continuous and self._stands(image.target, past)):
+                    base = self._make_base(image, vm_uuid, first=not past.runs)
+                if base is not None:
+                    bases[image.target] = base
+                if past.position is not None and not continuous:
+                    gaps[image.target] = Discontinuity(self._cause(image, past), past.position.time_ns)
+                    self.events.write("history.gap", disk=image.target, cause=gaps[image.target].cause)
+            # A base does not change an image; qcow2 was extended when it was opened, so this is what capture will see.
+            identities = {image.target: image.identity() for image in images}
+        finally:
+            for image in images:
+                image.close()
+        parent = past.position
+        info = RunInfo(
+            run=run,
+            parent=parent,
+            vm=self.config.name,
+            uuid=vm_uuid,
+            host=socket.gethostname(),
+            start_time_ns=max(time.time_ns(), parent.time_ns + 1 if parent else 0),
+            first_seq=parent.seq + 1 if parent else 1,
+            disks=tuple(image.info for image in images),
+            bases=bases,
+            gaps=gaps,
+        )
+        return Plan(info, identities)
+
+    def refuse_pending_restore(self) -> None:
+        """Raise VmStateError if the images are between two moments."""
+        if (self.journal / RESTORE_PENDING).exists():
+            raise VmStateError(
+                f"{self.config.name}: a restore in place was interrupted, so its images are half old and half restored",
+                f"run `vmrewind restore {self.config.name} --in-place` again with the same moment: it completes it",
+            )
+
+    def vm_uuid(self) -> str:
+        """The VM's identity: given, known from earlier, or new."""
+        with contextlib.suppress(FileNotFoundError):
+            known = str(json.loads(self.paths.identity.read_bytes())["uuid"])
+            if self.config.uuid not in (None, known):
+                raise VmStateError(
+                    f"{self.config.name}: this host knows a VM of that name with uuid {known}, not {self.config.uuid}",
+                    f"rename one of them, or move {self.paths.state} away if the old one is gone for good",
+                )
+            return known
+        if self.config.uuid is None and self.repository is not None and (taken := self.repository.uuid()) is not None:
+            raise RepositoryError(
+                f"{self.repository.repository.url}: holds a VM called {self.config.name} (uuid {taken}), "
+                "and this host does not know whether it is the same",
+                f'if it is, add uuid = "{taken}" to {self.config.source}; otherwise give this VM another name',
+            )
+        chosen = self.config.uuid or str(uuids.uuid4())
+        write_durably(self.paths.identity, json.dumps({"name": self.config.name, "uuid": chosen}).encode() + b"\n")
+        return chosen
+
+    def _past(self) -> Past:
+        recovered = recover(self.journal, self.say)
+        runs = local_runs(self.journal)
+        head = read_head(self.journal)
+        if head is not None:
+            return Past(runs, head.position, head)
+        if recovered is not None:
+            self.events.write(
+                "journal.recovered",
+                run=fmt.run_name(recovered.position.run),
+                seq=recovered.position.seq,
+                records_applied=recovered.records_applied,
+                host_died=recovered.host_died,
+            )
+            cause = "the host died: the images may hold writes that the journal lost" if recovered.host_died else (
+                "vmrewind itself was killed, and what touched the images since is not known"
+            )  # fmt: skip
+            return Past(runs, recovered.position, None, cause)
+        cause = "the last run did not end cleanly"
+        for info in reversed(runs):
+            if (end := find_end(self.journal, info.run, verify_after=1 << 64)) is not None:
+                return Past(runs, Position(info.run, end.next_seq - 1, end.last_time_ns), None, cause)
+        if self.repository is not None and (shipped := self.repository.runs()):
+            history = History.open(self.config.name, None, self.repository)
+            return Past(shipped, history.latest(), None, "the local journal is gone")
+        return Past([], None, None)
+
+    def open_images(self) -> list[Image]:
+        """Every protected disk's image, open and locked; raises ImageError."""
+        images: list[Image] = []
+        try:
+            for index, disk in enumerate(self.config.protection.disk):
+                images.append(Image(index, disk.target, disk.image, disk.format))
+        except BaseException:
+            for image in images:
+                image.close()
+            raise
+        return images
+
+    def _check_size(self, image: Image, past: Past, vm_uuid: str) -> None:
+        """A disk of another size than its history's is refused, unless a backup was made of it at its new size."""
+        for info in reversed(past.runs):
+            known = info.disk(image.target)
+            if known is None:
+                continue
+            if known.size != image.size and matching_base(
+                self.paths, self.repository, image.target, vm_uuid, image.identity()
+            ) is None:  # fmt: skip
+                raise ImageError(
+                    f"{image.path}: {image.size} bytes, but the base and history of {image.target} are of {known.size} bytes",
+                    f"if it was resized on purpose, run `vmrewind backup {self.config.name}`: its history goes on from there",
+                )
+            return
+
+    def _check_sizes(self, past: Past) -> None:
+        """History under one target with another format would be read wrongly."""
+        for disk in self.config.protection.disk:
+            known = next((d for info in reversed(past.runs) if (d := info.disk(disk.target))), None)
+            if known is not None and known.format != disk.format:
+                raise ConfigError(
+                    f"{self.config.source}: disk {disk.target} is {disk.format}, and its history is of a {known.format} image",
+                    "give the new image another target name",
+                )
+
+    def _continues(self, image: Image, past: Past) -> bool:
+        return past.head is not None and past.head.images.get(image.target) == image.identity()
+
+    def _cause(self, image: Image, past: Past) -> str:
+        if past.head is None:
+            return past.gap_cause
+        if image.target not in past.head.images:
+            return "the disk was not protected in the last run, or it was restored apart from the others"
+        return past.gap_cause
+
+    def _stands(self, target: str, past: Past) -> bool:
+        """Whether a base lies below the disk's history, so that it can be continued without a new one."""
+        runs = {info.run: info for info in past.runs}
+        info = runs.get(past.position.run) if past.position else None
+        while info is not None:
+            base = info.bases.get(target)
+            if base is not None:
+                return self.repository is None or base in self.repository.bases(target)
+            if target in info.gaps or info.disk(target) is None:
+                return False
+            info = runs.get(info.parent.run) if info.parent else None
+        return False
+
+    def _make_base(self, image: Image, vm_uuid: str, *, first: bool) -> str:
+        if self.repository is None:
+            assert self.unreachable is not None, "either there is a repository or there is the reason why not"
+            raise RepositoryError(
+                f"{image.target} needs a full backup before it starts, and the repository can't be used: {self.unreachable}",
+                self.unreachable.hint,
+            )
+        why = "it has none yet" if first else "no base equals it as it is now"
+        self.say(f"{image.target}: making a base (full backup) before the start, because {why}")
+        manifest = back_up(self.paths, self.repository, image, vm_uuid, self.progress)
+        self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)
+        return manifest.id
+
+
+def backup(planner: Planner, targets: list[str] | None) -> dict[str, str]:
+    """``vmrewind backup``: a base of every named disk of a stopped VM, whether one is needed or not; {target: base id}."""
+    if planner.repository is None:
+        assert planner.unreachable is not None, "either there is a repository or there is the reason why not"
+        raise planner.unreachable
+    planner.refuse_pending_restore()
+    vm_uuid = planner.vm_uuid()
+    planner.repository.register(vm_uuid)
+    recover(planner.journal, planner.say)
+    images = planner.open_images()
+    made: dict[str, str] = {}
+    try:
+        for image in images:
+            if targets is None or image.target in targets:
+                made[image.target] = back_up(planner.paths, planner.repository, image, vm_uuid, planner.progress).id
+    finally:
+        for image in images:
+            image.close()
+    return made

@@ -1,0 +1,34 @@
+"""``ship.json``: which disks ship is instructed to carry. A file, so that a ship that was restarted remembers."""
+
+from __future__ import annotations
+
+import json
+
+from vmrewind.errors import UsageError
+from vmrewind.journal.runs import write_durably
+from vmrewind.paths import VmPaths
+
+
+def read_wanted(paths: VmPaths) -> list[str]:
+    """The disks that ship carries, by target; empty when it is idle."""
+    try:
+        return list(json.loads(paths.ship.read_bytes())["disks"])
+    except FileNotFoundError:
+        return []
+
+
+def write_wanted(paths: VmPaths, disks: list[str]) -> None:
+    """Instruct ship; it looks several times a second."""
+    write_durably(paths.ship, json.dumps({"disks": disks}).encode() + b"\n")
+
+
+def switch(paths: VmPaths, known: list[str], named: list[str], *, on: bool) -> list[str]:
+    """Switch shipping on or off for the named disks (none named: all); returns what is carried from now on."""
+    for target in named:
+        if target not in known:
+            raise UsageError(f"{paths.name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
+    chosen, before = set(named or known), set(read_wanted(paths))
+    after = before | chosen if on else before - chosen
+    wanted = [target for target in known if target in after]
+    write_wanted(paths, wanted)
+    return wanted
