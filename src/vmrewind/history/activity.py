@@ -1,0 +1,84 @@
+"""What happened on a branch: events recorded in the journal, and how much was written when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vmrewind.errors import CorruptionError
+from vmrewind.history.branch import Branch
+from vmrewind.history.history import History
+from vmrewind.history.rows import between
+from vmrewind.journal import format as fmt
+from vmrewind.journal.runs import Position
+from vmrewind.repository.segment import Rows
+
+
+_KINDS: Final = frozenset(int(kind) for kind in fmt.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEvent:
+    """An event record. ``content`` is its payload; ``{"unreadable": why}`` where that is damaged."""
+
+    position: Position
+    kind: fmt.Event
+    content: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Writes:
+    """Bytes and operations that the guest wrote, by bucket of time. ``edges_ns`` has one more element than the buckets."""
+
+    edges_ns: NDArray[np.int64]
+    bytes: NDArray[np.int64]
+    operations: NDArray[np.int64]
+
+
+def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
+    """The events on a branch, in order."""
+    for leg in branch.legs:
+        for piece in history.records(leg.info.run).event_pieces():
+            rows = _on_branch(piece.rows, leg.cut)
+            for row in rows[rows["op"] == fmt.Op.EVENT]:
+                seq, kind = int(row["seq"]), int(row["flags"])
+                if kind not in _KINDS:
+                    continue
+                try:
+                    payload = piece.source.payload(seq, int(row["position"]), int(row["length"]), int(row["xxh3"]))
+                    content = json.loads(payload)
+                except (CorruptionError, ValueError) as error:
+                    content = {"unreadable": str(error)}
+                yield JournalEvent(Position(leg.info.run, seq, int(row["time_ns"])), fmt.Event(kind), content)
+
+
+def bookmarks(history: History, branch: Branch) -> list[tuple[Position, str]]:
+    """(position, name) of every bookmark on a branch, in order."""
+    marks = (event for event in events(history, branch) if event.kind is fmt.Event.BOOKMARK)
+    return [(mark.position, str(mark.content.get("name", ""))) for mark in marks]
+
+
+def writes(history: History, branch: Branch, since_ns: int, until_ns: int, buckets: int) -> Writes:
+    """How much the guest wrote between two times, in so many equal buckets."""
+    edges = np.linspace(since_ns, max(until_ns, since_ns + buckets), buckets + 1).astype(np.int64)
+    total_bytes, total_operations = np.zeros(buckets, np.int64), np.zeros(buckets, np.int64)
+    for leg in branch.legs:
+        records = history.records(leg.info.run)
+        for disk in leg.info.disks:
+            for piece in records.pieces(disk.index):
+                rows = _on_branch(piece.rows, leg.cut)
+                rows = rows[(rows["op"] == fmt.Op.WRITE) & (rows["disk"] == disk.index)]
+                at = np.searchsorted(edges, rows["time_ns"].astype(np.int64), side="right") - 1
+                inside = (at >= 0) & (at < buckets)
+                total_operations += np.bincount(at[inside], minlength=buckets)
+                total_bytes += np.bincount(at[inside], rows["length"][inside], buckets).astype(np.int64)
+    return Writes(edges, total_bytes, total_operations)
+
+
+def _on_branch(rows: Rows, cut: int | None) -> Rows:
+    return rows if cut is None else between(rows, 0, cut)

@@ -1,0 +1,87 @@
+"""The tree of a VM's runs, and one branch of it: a run and its parents, each cut where the child begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vmrewind.errors import MomentError, VmStateError
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import RunInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A run's part of a branch: the run, and the seq after which the next run takes over (None: the branch's own run)."""
+
+    info: RunInfo
+    cut: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Legs from the root to the branch's own run. ``missing_parent``: the run that the first leg continues and nobody knows."""
+
+    legs: Sequence[Leg]
+    missing_parent: int | None = None
+
+    @property
+    def run(self) -> int:
+        """The branch's own run, by which it is named."""
+        return self.legs[-1].info.run
+
+    def leg(self, run: int) -> int:
+        """Index of a run's leg; raises MomentError if the run is not on the branch."""
+        for i, leg in enumerate(self.legs):
+            if leg.info.run == run:
+                return i
+        raise MomentError(f"run {run_name(run)} is not on the branch of run {run_name(self.run)}")
+
+    def leg_of_seq(self, seq: int) -> int | None:
+        """Index of the leg that has record ``seq``, None before the branch's first record."""
+        for i in range(len(self.legs) - 1, -1, -1):
+            if self.legs[i].info.first_seq <= seq:
+                return i
+        return None
+
+    @property
+    def targets(self) -> list[str]:
+        """Every disk of the branch's own run, in order of index."""
+        return [disk.target for disk in sorted(self.legs[-1].info.disks, key=lambda disk: disk.index)]
+
+
+def merge_runs(*sources: Iterable[RunInfo]) -> dict[int, RunInfo]:
+    """Runs by id, in order; what an earlier source says of a run counts."""
+    merged: dict[int, RunInfo] = {}
+    for source in sources:
+        for info in source:
+            merged.setdefault(info.run, info)
+    return dict(sorted(merged.items()))
+
+
+def choose_run(runs: Mapping[int, RunInfo], wanted: str | None) -> int:
+    """The run that a branch is chosen by: a unique prefix of its id, or the newest run; raises VmStateError, MomentError."""
+    if not runs:
+        raise VmStateError("the VM has no history yet", "start it protected once")
+    if wanted is None:
+        return max(runs)
+    # Ids begin with zeroes; nobody wants to type those.
+    found = [run for run in runs if run_name(run).startswith(wanted) or run_name(run).lstrip("0").startswith(wanted)]
+    if len(found) != 1:
+        known = ", ".join(run_name(run) for run in found or runs)
+        problem = "fits several runs" if found else "fits no run"
+        raise MomentError(f"branch {wanted!r} {problem}", f"runs: {known}")
+    return found[0]
+
+
+def branch_of(runs: Mapping[int, RunInfo], run: int) -> Branch:
+    """The branch that ends with ``run``."""
+    legs: list[Leg] = []
+    cut: int | None = None
+    at: int | None = run
+    while at is not None and at in runs and len(legs) <= len(runs):
+        legs.append(Leg(runs[at], cut))
+        parent = runs[at].parent
+        at, cut = (parent.run, parent.seq) if parent is not None else (None, None)
+    legs.reverse()
+    return Branch(tuple(legs), missing_parent=at)

@@ -1,0 +1,207 @@
+"""A VM's history: its runs, records and bases from the local journal and the repository, read as one.
+
+Everything that goes back in time starts here: restore, timeline, and whatever else needs a moment, its coverage or a view.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from vmrewind.errors import MomentError, RepositoryError, VmrewindError
+from vmrewind.history.branch import Branch, branch_of, choose_run, merge_runs
+from vmrewind.history.coverage import Coverage, cover
+from vmrewind.history.records import RunRecords
+from vmrewind.history.sources import BrokenFile, LocalSource, ShippedSource, object_cache, open_journal
+from vmrewind.journal import format as fmt
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import Head, RunInfo, local_runs, read_head
+from vmrewind.repository.manifest import Manifest
+from vmrewind.repository.repository import VmRepository
+
+
+class History:
+    """What is known of a VM at the time of opening. Holds the local segments locked against recycling until ``close``.
+
+    ``problem`` is the error that kept the repository from being read, if one did: what the journal has can be used still.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        runs: Mapping[int, RunInfo],
+        local: Sequence[LocalSource],
+        broken: Sequence[BrokenFile],
+        shipped: Sequence[ShippedSource],
+        head: Head | None,
+        repository: VmRepository | None,
+        bases: Path | None,
+        problem: VmrewindError | None,
+    ) -> None:
+        self.name = name
+        self.runs = runs
+        self.head = head
+        self.repository = repository
+        self.problem = problem
+        self._bases = bases
+        self._local = local
+        grouped: dict[int, tuple[list[LocalSource], list[ShippedSource], list[BrokenFile]]] = defaultdict(lambda: ([], [], []))
+        for source in local:
+            grouped[source.run][0].append(source)
+        for shipped_source in shipped:
+            grouped[shipped_source.run][1].append(shipped_source)
+        for file in broken:
+            grouped[file.run][2].append(file)
+        self._records = {run: RunRecords(run, *grouped[run]) for run in {*grouped, *runs}}
+        self._repository_bases: dict[str, frozenset[str]] = {}
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        journal: Path | None,
+        repository: VmRepository | None,
+        *,
+        bases: Path | None = None,
+        problem: VmrewindError | None = None,
+    ) -> Self:
+        """Open a VM's history from its journal directory and its part of a repository; either may be missing.
+
+        ``bases`` is the directory with copies of manifests; ``problem`` the error that kept the caller from opening the
+        repository. Raises CorruptionError, or RepositoryError for formats from a newer version.
+        """
+        # The journal first: whatever is recycled before it is locked has been shipped before the repository is listed.
+        local, broken = open_journal(journal) if journal is not None else ([], [])
+        try:
+            head = read_head(journal) if journal is not None else None
+            here = local_runs(journal) if journal is not None else []
+            there: list[RunInfo] = []
+            shipped: list[ShippedSource] = []
+            if repository is not None:
+                try:
+                    there = repository.runs()
+                    cache = object_cache()
+                    shipped = [ShippedSource(repository, key, cache) for key in repository.segments()]
+                except RepositoryError as error:
+                    repository, problem, there, shipped = None, error, [], []
+            return cls(name, merge_runs(here, there), local, broken, shipped, head, repository, bases, problem)
+        except BaseException:
+            for source in local:
+                source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the segment files, which lets them be recycled."""
+        for source in self._local:
+            source.close()
+
+    # -- runs and branches
+
+    def branch(self, wanted: str | None = None) -> Branch:
+        """The branch of the newest run, or of the run whose id begins with ``wanted``. Raises VmStateError, MomentError."""
+        return branch_of(self.runs, choose_run(self.runs, wanted))
+
+    def branch_of_run(self, run: int) -> Branch:
+        """The branch that ends with a run; raises MomentError for an unknown one."""
+        if run not in self.runs:
+            raise MomentError(f"run {run_name(run)} is not known", "vmrewind timeline lists the runs")
+        return branch_of(self.runs, run)
+
+    def records(self, run: int) -> RunRecords:
+        """The records of a run."""
+        return self._records[run]
+
+    def coverage(self, target: str, branch: Branch) -> Coverage:
+        """In which intervals every moment of a disk can be restored."""
+        key = (target, branch.run)
+        if key not in self._coverages:
+            self._coverages[key] = cover(self, branch, target)
+        return self._coverages[key]
+
+    @functools.cached_property
+    def _coverages(self) -> dict[tuple[str, int], Coverage]:
+        return {}
+
+    @functools.cached_property
+    def ends(self) -> Mapping[int, int]:
+        """Seq up to which a run is known to have gone: its children and ``head.json`` tell."""
+        ends: dict[int, int] = {}
+        known = [info.parent for info in self.runs.values() if info.parent is not None]
+        if self.head is not None:
+            known.append(self.head.position)
+        for position in known:
+            ends[position.run] = max(ends.get(position.run, 0), position.seq)
+        return ends
+
+    def goes_on(self, run: int) -> bool:
+        """Whether nothing can have happened behind the last known record of a run: it ended there, or its journal is here."""
+        records = self.records(run)
+        if records.local and records.last_known == records.local[-1].last:
+            return True
+        return records.last_known is not None and self._is_stop(records, records.last_known)
+
+    @staticmethod
+    def _is_stop(records: RunRecords, seq: int) -> bool:
+        for piece in reversed(records.event_pieces()):
+            rows = piece.rows
+            if len(rows):
+                last = rows[-1]
+                return bool(last["seq"] == seq and last["op"] == fmt.Op.EVENT and last["flags"] == fmt.Event.STOP)
+        return False
+
+    # -- bases
+
+    def base_problem(self, info: RunInfo, target: str) -> str | None:
+        """Why the base that a run names for a disk cannot be had, None if it can, as far as can be told without reading it."""
+        base_id = info.bases[target]
+        if self._local_manifest(target, base_id) is not None or base_id in self._known_bases(target):
+            return None
+        if self.repository is None:
+            return f"base {base_id} of disk {target} is not known here, and the repository cannot be read"
+        return f"base {base_id} of disk {target} is missing in {self.repository.repository.url}"
+
+    def manifest(self, info: RunInfo, target: str) -> Manifest:
+        """The manifest of the base that a run names for a disk. Raises RepositoryError, CorruptionError."""
+        base_id = info.bases[target]
+        if (path := self._local_manifest(target, base_id)) is not None:
+            return Manifest.from_json(path.read_bytes(), str(path))
+        return self.reachable_repository(f"base {base_id} of disk {target}").base(target, base_id)
+
+    def reachable_repository(self, wanted: str) -> VmRepository:
+        """The repository, which has ``wanted``; raises RepositoryError with what kept it from being read."""
+        if self.repository is not None:
+            return self.repository
+        if self.problem is not None:
+            raise RepositoryError(f"{wanted} is in the repository: {self.problem}", self.problem.hint)
+        raise RepositoryError(f"{wanted} is in the repository, and none is configured", "name it in the VM's configuration")
+
+    def _local_manifest(self, target: str, base_id: str) -> Path | None:
+        if self._bases is None:
+            return None
+        path = self._bases / target / f"{base_id}.json"
+        return path if path.exists() else None
+
+    def _known_bases(self, target: str) -> frozenset[str]:
+        if target not in self._repository_bases:
+            known = self.repository.bases(target) if self.repository is not None else []
+            self._repository_bases[target] = frozenset(known)
+        return self._repository_bases[target]
+
+    def holes(self, branch: Branch) -> Iterator[str]:
+        """Why records are missing on a branch, one line a hole; for messages."""
+        for leg in branch.legs:
+            records = self.records(leg.info.run)
+            end = leg.cut or max(records.last_known or 0, self.ends.get(leg.info.run, 0))
+            for disk in leg.info.disks:
+                for hole in records.holes(disk.index, leg.info.first_seq, end):
+                    yield hole.cause

@@ -1,0 +1,210 @@
+"""The records of one run, put together from all sources: which seqs are there for which disk, and what became of the others."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vmrewind.errors import CorruptionError
+from vmrewind.history.rows import between, last_at, of_disk
+from vmrewind.history.sources import BrokenFile, LocalSource, ShippedSource, Source
+from vmrewind.journal.format import run_name
+from vmrewind.repository.segment import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part [first, last] of a source that stands for these seqs."""
+
+    source: Source
+    first: int
+    last: int
+
+    @property
+    def rows(self) -> Rows:
+        """Every row of the part, of whatever disk."""
+        return between(self.source.rows, self.first, self.last)
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Records [first, last] of a run that no source has, and why."""
+
+    first: int
+    last: int
+    cause: str
+
+
+class RunRecords:
+    """What is known of a run's records. Pieces are made once per disk; the local journal goes before the repository."""
+
+    def __init__(
+        self, run: int, local: Sequence[LocalSource], shipped: Sequence[ShippedSource], broken: Sequence[BrokenFile]
+    ) -> None:
+        self.run = run
+        self.local = sorted(local, key=lambda source: source.first)
+        self.shipped = sorted(shipped, key=lambda source: (source.first, source.last))
+        self.broken = broken
+        self._pieces: dict[int, list[Piece]] = {}
+
+    def pieces(self, disk: int) -> list[Piece]:
+        """Disjoint pieces in order of seq that hold every known record of the disk (its index) and of the whole VM."""
+        if disk not in self._pieces:
+            shipped = [source for source in self.shipped if source.mask >> disk & 1]
+            self._pieces[disk] = _merge(self._local_pieces(), shipped)
+        return self._pieces[disk]
+
+    def all_sources(self) -> list[Source]:
+        """Every source, for those who look at records of all disks; parts may be there twice."""
+        return [*self.local, *self.shipped]
+
+    def event_pieces(self) -> list[Piece]:
+        """Disjoint pieces that hold every known record of the whole VM: any source has those, whatever its disks."""
+        return _merge(self._local_pieces(), self.shipped)
+
+    def _local_pieces(self) -> list[Piece]:
+        return [Piece(source, source.first, source.last) for source in self.local if source.last >= source.first]
+
+    def last(self, disk: int) -> int | None:
+        """Seq of the last record known for the disk, None if nothing is known."""
+        pieces = self.pieces(disk)
+        return pieces[-1].last if pieces else None
+
+    @property
+    def last_known(self) -> int | None:
+        """Seq of the last record known for any disk."""
+        ends = [piece.last for piece in self._local_pieces()[-1:]] + [source.last for source in self.shipped]
+        return max(ends, default=None)
+
+    @property
+    def tail_damage(self) -> str | None:
+        """Why records behind the last known one are lost, None if nothing says so."""
+        if self.last_known is None or (self.local and self.last_known > self.local[-1].last):
+            return None
+        if self.local and self.local[-1].damage is not None:
+            return f"{self.local[-1].name} is damaged at offset {self.local[-1].end}: {self.local[-1].damage}"
+        last_number = self.local[-1].number if self.local else 0
+        return next((file.message for file in self.broken if file.number > last_number), None)
+
+    def holes(self, disk: int, first: int, last: int) -> Iterator[Hole]:
+        """What is missing of [first, last] for the disk, in order."""
+        for piece in self.pieces(disk):
+            if piece.last < first:
+                continue
+            if piece.first > last:
+                break
+            if piece.first > first:
+                yield self._hole(first, piece.first - 1)
+            first = piece.last + 1
+        if first <= last:
+            yield self._hole(first, last)
+
+    def _hole(self, first: int, last: int) -> Hole:
+        return Hole(first, last, self._cause(first, last))
+
+    def _cause(self, first: int, last: int) -> str:
+        which = f"record {first}" if first == last else f"records {first} to {last}"
+        which += f" of run {run_name(self.run)}"
+        for source in self.local:
+            if source.last + 1 == first:
+                return f"{which}: {source.name} is damaged at offset {source.end}" + (
+                    f" ({source.damage})" if source.damage else ""
+                )
+        for file in self.broken:
+            before = [source.last for source in self.local if source.number < file.number]
+            after = [source.first for source in self.local if source.number > file.number]
+            if max(before, default=0) < first and last < min(after, default=1 << 64):
+                return f"{which}: {file.message}"
+        if self.local:
+            if last < self.local[0].first:
+                return f"{which} were recycled before they were shipped"
+            return f"{which} are neither in the journal nor in the repository"
+        return f"{which} were not shipped, and the journal does not have this run any more"
+
+    def last_row_at(self, disk: int, time_ns: int) -> np.void | None:
+        """The last row with a time of at most ``time_ns`` in the disk's pieces, of whatever disk; None before the first."""
+        pieces = self.pieces(disk)
+        low, high = 0, len(pieces)
+        while low < high:
+            middle = (low + high) // 2
+            # A piece may be without rows, when it says that nothing happened to the disk; what precedes it has the time then.
+            filled = middle
+            while filled > low and not len(pieces[filled].rows):
+                filled -= 1
+            rows = pieces[filled].rows
+            if not len(rows) or int(rows["time_ns"][0]) <= time_ns:
+                low = middle + 1
+            else:
+                high = filled
+        while low:
+            if (row := last_at(pieces[low - 1].rows, time_ns)) is not None:
+                return row
+            low -= 1
+        return None
+
+    def row_at(self, disk: int, seq: int) -> np.void | None:
+        """The row ``seq`` or, where a source leaves other disks' records out, the last one before it."""
+        pieces = self.pieces(disk)
+        at = bisect_right(pieces, seq, key=lambda piece: piece.first)
+        while at:
+            rows = between(pieces[at - 1].rows, 0, seq)
+            if len(rows):
+                row: np.void = rows[-1]
+                return row
+            at -= 1
+        return None
+
+    def first_time(self, disk: int, seq: int) -> int | None:
+        """Time of the first known record from ``seq`` on, ns."""
+        for piece in self.pieces(disk):
+            if piece.last >= seq and len(rows := between(piece.rows, seq, piece.last)):
+                return int(rows["time_ns"][0])
+        return None
+
+    def select(self, disk: int, first: int, last: int) -> Iterator[tuple[Source, Rows]]:
+        """The disk's rows (and the whole VM's) with seqs in [first, last], by source, in order."""
+        for piece in self.pieces(disk):
+            if piece.last >= first and piece.first <= last:
+                yield piece.source, of_disk(between(piece.rows, first, last), disk)
+
+    def payload(self, source: Source, disk: int, seq: int, position: int, length: int, xxh3: int) -> bytes:
+        """A record's verified payload: from ``source`` or, if it is damaged there, from any other that has the record."""
+        try:
+            return source.payload(seq, position, length, xxh3)
+        except CorruptionError:
+            for other in self.shipped:
+                if other is source or not (other.first <= seq <= other.last and other.mask >> disk & 1):
+                    continue
+                rows = between(other.rows, seq, seq)
+                if len(rows) and int(rows["xxh3"][0]) == xxh3:
+                    return other.payload(seq, int(rows["position"][0]), length, xxh3)
+            raise
+
+
+def _merge(local: Sequence[Piece], shipped: Sequence[ShippedSource]) -> list[Piece]:
+    """Local pieces, and between them whatever the shipped sources (in order of their first seq) have."""
+    merged: list[Piece] = []
+    at, cursor = 0, 0
+    widest: ShippedSource | None = None
+    for piece in [*local, None]:
+        limit = piece.first - 1 if piece is not None else (1 << 64) - 1
+        while cursor <= limit:
+            while at < len(shipped) and shipped[at].first <= cursor:
+                if widest is None or shipped[at].last > widest.last:
+                    widest = shipped[at]
+                at += 1
+            if widest is not None and widest.last >= cursor:
+                last = min(widest.last, limit)
+                merged.append(Piece(widest, cursor, last))
+                cursor = last + 1
+            elif at < len(shipped) and shipped[at].first <= limit:
+                cursor = shipped[at].first
+            else:
+                break
+        if piece is not None:
+            merged.append(piece)
+            cursor = max(cursor, piece.last + 1)
+    return merged

@@ -1,0 +1,155 @@
+"""From a moment as the user wrote it to a position on a branch, or a refusal that names the nearest possible moments."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from vmrewind.errors import MomentError
+from vmrewind.history.activity import bookmarks
+from vmrewind.history.branch import Branch
+from vmrewind.history.coverage import Coverage, common
+from vmrewind.history.history import History
+from vmrewind.history.moments import AtBookmark, AtSeq, AtTime, Latest, Moment, format_time, now_ns, parse_moment
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import Position
+
+
+def resolve(history: History, branch: Branch, text: str, targets: Sequence[str], at_ns: int | None = None) -> Position:
+    """The position that a moment means for the disks ``targets``: one at which every one of them can be restored.
+
+    ``at_ns`` is the time now. Raises MomentError: malformed, unknown, in the future, or outside coverage; the hint says what
+    is possible instead.
+    """
+    current_ns = now_ns() if at_ns is None else at_ns
+    resolver = _Resolver(history, branch, targets, current_ns)
+    return resolver.resolve(parse_moment(text, current_ns), text)
+
+
+class _Resolver:
+    def __init__(self, history: History, branch: Branch, targets: Sequence[str], current_ns: int) -> None:
+        self._history = history
+        self._branch = branch
+        self._targets = targets
+        self._now_ns = current_ns
+        self._coverages = [history.coverage(target, branch) for target in targets]
+        for coverage in self._coverages:
+            if not coverage.intervals:
+                cause = coverage.gaps[-1].cause if coverage.gaps else "nothing was recorded yet"
+                raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", self._branches())
+
+    def resolve(self, moment: Moment, text: str) -> Position:
+        match moment:
+            case AtTime(time_ns):
+                return self._at_time(time_ns)
+            case AtSeq(seq):
+                return self._at_seq(seq, text)
+            case AtBookmark(name):
+                return self._at_bookmark(name)
+            case Latest():
+                return self._latest()
+
+    def _at_time(self, time_ns: int) -> Position:
+        if time_ns > self._now_ns:
+            raise MomentError(f"{format_time(time_ns)} is in the future", self._nearest(self._now_ns))
+        for coverage in self._coverages:
+            if not any(interval.holds(time_ns) for interval in coverage.intervals):
+                raise self._outside(coverage, time_ns, format_time(time_ns))
+        position = max((self._last_at(coverage, time_ns) for coverage in self._coverages), key=lambda p: p.seq)
+        return self._checked(position, format_time(time_ns))
+
+    def _last_at(self, coverage: Coverage, time_ns: int) -> Position:
+        """The last known record of a disk with a time of at most ``time_ns``, which its coverage holds."""
+        found: Position | None = None
+        for at, first, last in coverage.stretches:
+            info = self._branch.legs[at].info
+            disk = info.disk(coverage.target)
+            assert disk is not None, "a stretch is of a run that has the disk"
+            records = self._history.records(info.run)
+            row = records.last_row_at(disk.index, time_ns)
+            if row is not None and int(row["seq"]) > last:
+                row = records.row_at(disk.index, last)
+            if row is not None and int(row["seq"]) >= first:
+                found = Position(info.run, int(row["seq"]), int(row["time_ns"]))
+        assert found is not None, "the interval that holds the time begins with a record"
+        return found
+
+    def _at_seq(self, seq: int, text: str) -> Position:
+        at = self._branch.leg_of_seq(seq)
+        if at is None:
+            first = self._branch.legs[0].info
+            time_ns = self._coverages[0].intervals[0].first.time_ns
+            raise MomentError(f"{text}: the history begins with record {first.first_seq}", self._nearest(time_ns))
+        info, cut = self._branch.legs[at].info, self._branch.legs[at].cut
+        if cut is not None and seq > cut:
+            raise MomentError(f"{text}: there is no record {seq} on this branch", self._branches())
+        time_ns = 0
+        known_end = 0
+        for target in self._targets:
+            disk = info.disk(target)
+            records = self._history.records(info.run)
+            if disk is not None:
+                known_end = max(known_end, records.last(disk.index) or 0, self._history.ends.get(info.run, 0))
+                row = records.row_at(disk.index, seq)
+                time_ns = max(time_ns, int(row["time_ns"]) if row is not None else info.start_time_ns)
+        if seq > known_end:
+            raise MomentError(f"{text}: the last record is {known_end}", self._nearest(self._now_ns))
+        return self._checked(Position(info.run, seq, time_ns), text)
+
+    def _at_bookmark(self, name: str) -> Position:
+        every = bookmarks(self._history, self._branch)
+        found = [position for position, known in every if known == name]
+        if not found:
+            similar = difflib.get_close_matches(name, [known for _, known in every], n=3, cutoff=0.4)
+            names = ", ".join(f"@{known}" for known in similar or sorted({known for _, known in every})[:10])
+            raise MomentError(f"there is no bookmark {name!r} on this branch", f"there are: {names}" if names else self._branches())
+        if len(found) > 1:
+            choices = " and ".join(f"{format_time(p.time_ns)} (seq:{p.seq})" for p in found)
+            raise MomentError(f"bookmark {name!r} was set more than once: {choices}", "choose one by its seq:N")
+        return self._checked(found[0], f"@{name}")
+
+    def _latest(self) -> Position:
+        ends = [coverage.intervals[-1].last for coverage in self._coverages]
+        for coverage, end in zip(self._coverages, ends, strict=True):
+            if coverage.gaps and coverage.gaps[-1].until_ns is None:
+                raise self._outside(coverage, coverage.gaps[-1].since_ns, "latest")
+            assert self._branch.legs, end
+        return self._checked(min(ends, key=lambda position: position.seq), "latest")
+
+    def _checked(self, position: Position, text: str) -> Position:
+        at = self._branch.leg(position.run)
+        for coverage in self._coverages:
+            if not coverage.holds_seq(at, position.seq):
+                raise self._outside(coverage, position.time_ns, text)
+        return position
+
+    def _outside(self, coverage: Coverage, time_ns: int, text: str) -> MomentError:
+        gap = coverage.gap_at(time_ns)
+        if gap is not None:
+            why = gap.cause
+        elif time_ns < coverage.intervals[0].first.time_ns:
+            why = f"its history begins at {format_time(coverage.intervals[0].first.time_ns)}"
+        else:
+            why = f"nothing is known of it after {format_time(coverage.intervals[-1].last.time_ns)}"
+        return MomentError(f"{text}: disk {coverage.target} cannot be restored to that moment: {why}", self._nearest(time_ns))
+
+    def _nearest(self, time_ns: int) -> str:
+        """The nearest possible moments before and after a time."""
+        times = common(self._coverages)
+        before = [until if until is not None else self._now_ns for _, until in times if until is None or until < time_ns]
+        before += [time_ns for since, until in times if until is not None and since <= time_ns <= until]
+        after = [since for since, _ in times if since > time_ns]
+        parts = []
+        if before:
+            position = self._at_common(max(before))
+            parts.append(f"before: {format_time(position.time_ns)} (seq:{position.seq})")
+        if after:
+            position = self._at_common(min(after))
+            parts.append(f"after: {format_time(position.time_ns)} (seq:{position.seq})")
+        return f"nearest possible moment {', '.join(parts)}" if parts else self._branches()
+
+    def _at_common(self, time_ns: int) -> Position:
+        return max((self._last_at(coverage, time_ns) for coverage in self._coverages), key=lambda p: p.seq)
+
+    def _branches(self) -> str:
+        return "branches: " + ", ".join(run_name(run) for run in self._history.runs)

@@ -1,0 +1,218 @@
+"""Where records come from: the local journal's segment files and the repository's segment objects, behind one face."""
+
+from __future__ import annotations
+
+import functools
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import xxhash
+
+from vmrewind.errors import CorruptionError
+from vmrewind.history.cache import Lru
+from vmrewind.history.rows import rows_of_batches
+from vmrewind.journal import format as fmt
+from vmrewind.journal.reader import Batch, Record, Segment, SegmentFile, segment_files
+from vmrewind.journal.verify import later_batch
+from vmrewind.repository.layout import SegmentName
+from vmrewind.repository.repository import VmRepository
+from vmrewind.repository.segment import FRAME_SIZE, Rows, ShippedSegment
+
+ALL_DISKS_MASK: Final = -1
+"""Mask with every disk's bit."""
+
+_DESCRIPTORS_SPARE: Final = 256
+_FRAMES_BYTES_MAX: Final = 8 * FRAME_SIZE
+"""What an opened object keeps of its payload at most, bytes."""
+
+
+class Source(Protocol):
+    """Some records of one run: every record of the disks in ``mask`` (bit i: disk index i) with a seq in [first, last]."""
+
+    @property
+    def name(self) -> str:
+        """The file's path or the object's key, for messages."""
+
+    @property
+    def run(self) -> int:
+        """The run."""
+
+    @property
+    def first(self) -> int:
+        """Seq of the first record."""
+
+    @property
+    def last(self) -> int:
+        """Seq of the last record; ``first - 1`` if there is none."""
+
+    @property
+    def mask(self) -> int:
+        """The disks."""
+
+    @property
+    def rows(self) -> Rows:
+        """All of its rows, in order of seq."""
+
+    def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
+        """The verified payload of one of its rows; raises CorruptionError naming file or object, seq and offset."""
+
+
+class LocalSource:
+    """A segment file of the local journal: its valid prefix at the time of the first look.
+
+    The file stays open, and so locked against recycling, until ``close``.
+    """
+
+    mask = ALL_DISKS_MASK
+
+    def __init__(self, segment: Segment, *, is_last: bool) -> None:
+        self.segment = segment
+        self.name = str(segment.path)
+        self.run = segment.header.run
+        self.number = segment.header.number
+        self.first = segment.header.first_seq
+        self._is_last = is_last
+
+    @functools.cached_property
+    def _scan(self) -> tuple[int, int, str | None, Rows]:
+        """(last seq, offset where the valid prefix ends, damage seen there, rows)."""
+        batches = list(self.segment.batches())
+        damage = self._follow_to_the_end(batches) if self._is_last else None
+        end, _ = self._next(batches)
+        return (batches[-1].last_seq if batches else self.first - 1), end, damage, rows_of_batches(batches)
+
+    @property
+    def last(self) -> int:
+        """Seq of the last record of the valid prefix."""
+        return self._scan[0]
+
+    @property
+    def end(self) -> int:
+        """Offset in the file where the valid prefix ends."""
+        return self._scan[1]
+
+    @property
+    def damage(self) -> str | None:
+        """What the file itself shows to be wrong behind the valid prefix; only looked for in a run's last segment."""
+        return self._scan[2]
+
+    @property
+    def rows(self) -> Rows:
+        """All rows of the valid prefix."""
+        return self._scan[3]
+
+    def _follow_to_the_end(self, batches: list[Batch]) -> str | None:
+        """A run's last segment may be torn, damaged, or growing while we look at it: extend or cut ``batches`` accordingly.
+
+        A valid batch behind an invalid one means damage, unless the invalid one was just being written when we came by.
+        """
+        while True:
+            end, number = self._next(batches)
+            if (later := later_batch(self.segment, end, number)) is None:
+                break
+            if not (more := list(self.segment.batches(end, number))):
+                return f"batch {number} is not valid, though batch {later.number} is at offset {later.position}"
+            batches += more
+        # The last batch's table may have reached the file without all of its payloads.
+        while batches and not self.segment.intact(batches[-1]):
+            batches.pop()
+        return None
+
+    def _next(self, batches: Sequence[Batch]) -> tuple[int, int]:
+        if not batches:
+            return fmt.SEGMENT_HEADER_SIZE, self.segment.header.first_batch
+        return batches[-1].end, batches[-1].number + 1
+
+    def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
+        """The verified payload of one row."""
+        return self.segment.payload(Record(seq, 0, 0, length, 0, fmt.Op.WRITE, 0, xxh3, position))
+
+    def close(self) -> None:
+        """Close the file and give the lock up."""
+        self.segment.close()
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenFile:
+    """A segment file whose header cannot be read."""
+
+    path: Path
+    run: int
+    number: int
+    message: str
+
+
+def object_cache(bytes_max: int = 256 << 20) -> Lru[ShippedSegment]:
+    """A cache of opened objects, bounded by what their tables and the frames that each keeps may take, bytes."""
+    return Lru(bytes_max, lambda shipped: shipped.rows.nbytes + min(shipped.header.payload_length, _FRAMES_BYTES_MAX) + 1024)
+
+
+class ShippedSource:
+    """A segment object of the repository, read when it is needed."""
+
+    def __init__(self, repository: VmRepository, key: SegmentName, cache: Lru[ShippedSegment]) -> None:
+        self._repository = repository
+        self._key = key
+        self._cache = cache
+        self.name = key.key
+        self.run = key.run
+        self.first = key.first
+        self.last = key.last
+        self.mask = key.mask
+
+    def _object(self) -> ShippedSegment:
+        return self._cache.get(self._key, self._open)
+
+    def _open(self) -> ShippedSegment:
+        return ShippedSegment(lambda offset, length: self._repository.get_segment(self._key, offset, length), self._key)
+
+    @property
+    def rows(self) -> Rows:
+        """All rows of the object."""
+        return self._object().rows
+
+    def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
+        """The verified payload of one row."""
+        data = self._object().read_range(position, length)
+        if xxhash.xxh3_64_intdigest(data) != xxh3:
+            raise CorruptionError(f"object {self.name}: the payload of record {seq} does not match its checksum")
+        return data
+
+
+def open_journal(journal: Path) -> tuple[list[LocalSource], list[BrokenFile]]:
+    """Open, and so lock, every live segment of a journal directory; one that is recycled meanwhile is left out.
+
+    Raises RepositoryError for a format from a newer version.
+    """
+    files = segment_files(journal)
+    _allow_descriptors(len(files))
+    last_of_run = {file.run: file.number for file in files}
+    sources: list[LocalSource] = []
+    broken: list[BrokenFile] = []
+    try:
+        for file in files:
+            try:
+                sources.append(LocalSource(Segment(file.path), is_last=last_of_run[file.run] == file.number))
+            except FileNotFoundError:
+                continue
+            except CorruptionError as error:
+                broken.append(_broken(file, error))
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+    return sources, broken
+
+
+def _broken(file: SegmentFile, error: CorruptionError) -> BrokenFile:
+    return BrokenFile(file.path, file.run, file.number, str(error))
+
+
+def _allow_descriptors(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _DESCRIPTORS_SPARE
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))

@@ -1,0 +1,206 @@
+"""A disk as it was at a moment, composed on demand from a base and the records since, every byte verified on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from vmrewind.errors import MomentError
+from vmrewind.history.cache import Lru
+from vmrewind.history.history import History
+from vmrewind.history.index import Index, build_index, effective
+from vmrewind.history.records import RunRecords
+from vmrewind.history.rows import ROW
+from vmrewind.history.sources import Source
+from vmrewind.journal import format as fmt
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import DiskInfo, Position
+from vmrewind.repository.manifest import Manifest
+from vmrewind.repository.segment import Rows
+
+VOID_DISTANCE_MAX: Final = 2 * fmt.RECORDS_MAX
+"""How far behind a record its VOID can be: capture writes the VOIDs of a batch as the next batch."""
+
+_CHUNKS_BYTES_MAX: Final = 64 << 20
+_PAYLOADS_BYTES_MAX: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A range of the disk, bytes; ``zero``: known to read as zeroes without reading it."""
+
+    offset: int
+    length: int
+    zero: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where an indexed row's payload is had from."""
+
+    records: RunRecords
+    source: Source
+    disk: int
+
+
+class View:
+    """One disk at one position. Read-only; may be used from several threads. Valid while its history is open.
+
+    ``size``: bytes; ``base_id`` and ``records``: what it is made of (``records``: how many still own bytes).
+    """
+
+    def __init__(
+        self, history: History, info: DiskInfo, position: Position, manifest: Manifest, index: Index, origins: list[_Origin]
+    ) -> None:
+        self._history = history
+        self._manifest = manifest
+        self._index = index
+        self._origins = origins
+        self._chunks: Lru[bytes] = Lru(_CHUNKS_BYTES_MAX, len)
+        self._payloads: Lru[bytes] = Lru(_PAYLOADS_BYTES_MAX, len)
+        self.disk = info
+        self.size = info.size
+        self.position = position
+        self.base_id = manifest.id
+        self.records = len(index.rows)
+
+    @classmethod
+    def open(cls, history: History, target: str, position: Position) -> View:
+        """Compose the view. Raises MomentError if the position is not covered, RepositoryError and CorruptionError for what
+        cannot be read."""
+        branch = history.branch_of_run(position.run)
+        wanted = branch.legs[-1].info.disk(target)
+        if wanted is None:
+            raise MomentError(f"run {run_name(position.run)} had no disk {target}", "vmrewind timeline tells which disks it had")
+        parts: list[tuple[Rows, list[tuple[int, _Origin]]]] = []
+        last = position.seq
+        for leg in reversed(branch.legs):
+            info = leg.info
+            disk = info.disk(target)
+            if disk is None:
+                raise MomentError(f"disk {target} was not protected in run {run_name(info.run)}")
+            records = history.records(info.run)
+            for hole in records.holes(disk.index, info.first_seq, last):
+                raise MomentError(f"disk {target} cannot be restored to record {position.seq}: {hole.cause}")
+            parts.append(_rows_of(records, disk.index, info.first_seq, last))
+            if target in info.bases and (target in info.gaps or history.base_problem(info, target) is None):
+                manifest = history.manifest(info, target)
+                break
+            if target in info.gaps or info.parent is None:
+                raise MomentError(f"disk {target} has no base for run {run_name(info.run)}")
+            last = info.parent.seq
+        else:
+            raise MomentError(f"disk {target} has no base on the branch of run {run_name(position.run)}")
+        index, origins = _indexed(parts[::-1])
+        return cls(history, wanted, position, manifest, index, origins)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` on, within the disk. Raises CorruptionError, RepositoryError."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(f"bytes {offset}+{length} of a disk of {self.size}")
+        buffer = bytearray(length)
+        at = offset
+        for start, end, owner in self._extents(offset, length):
+            if start > at:
+                self._read_base(buffer, offset, at, start)
+            self._read_record(buffer, offset, start, end, owner)
+            at = end
+        if at < offset + length:
+            self._read_base(buffer, offset, at, offset + length)
+        return bytes(buffer)
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Extents that cover a range (default: the disk) in order, neighbours of one kind joined."""
+        end = self.size if length is None else min(offset + length, self.size)
+        pending: Extent | None = None
+        for extent in self._kinds(offset, end):
+            if pending is not None and pending.zero == extent.zero:
+                pending = Extent(pending.offset, pending.length + extent.length, pending.zero)
+                continue
+            if pending is not None:
+                yield pending
+            pending = extent
+        if pending is not None:
+            yield pending
+
+    def _kinds(self, offset: int, end: int) -> Iterator[Extent]:
+        at = offset
+        for start, stop, owner in self._extents(offset, end - offset):
+            yield from self._base_kinds(at, start)
+            yield Extent(start, stop - start, bool(self._index.rows["op"][owner] != fmt.Op.WRITE))
+            at = stop
+        yield from self._base_kinds(at, end)
+
+    def _base_kinds(self, at: int, end: int) -> Iterator[Extent]:
+        size = self._manifest.chunk_size
+        while at < end:
+            if at >= self._manifest.size:
+                yield Extent(at, end - at, zero=True)
+                return
+            number = at // size
+            stop = min(end, (number + 1) * size, self._manifest.size)
+            yield Extent(at, stop - at, self._manifest.chunks[number] is None)
+            at = stop
+
+    def _extents(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(start, end, owner) of the indexed extents within a range, clipped to it."""
+        touched = self._index.overlapping(offset, length)
+        starts = np.maximum(self._index.starts[touched], offset).tolist()
+        ends = np.minimum(self._index.ends[touched], offset + length).tolist()
+        return zip(starts, ends, self._index.owners[touched].tolist(), strict=True)
+
+    def _read_base(self, buffer: bytearray, origin: int, start: int, end: int) -> None:
+        for extent in self._base_kinds(start, end):
+            if extent.zero:
+                continue
+            number, within = divmod(extent.offset, self._manifest.chunk_size)
+            chunk = self._chunks.get(number, lambda number=number: self._chunk(number))  # type: ignore[misc]
+            at = extent.offset - origin
+            buffer[at : at + extent.length] = memoryview(chunk)[within : within + extent.length]
+
+    def _chunk(self, number: int) -> bytes:
+        chunk_id = self._manifest.chunks[number]
+        assert chunk_id is not None, "zero chunks are not read"
+        repository = self._history.reachable_repository(f"base {self._manifest.id} of disk {self.disk.target}")
+        return repository.repository.chunks.read(chunk_id, self._manifest.chunk_length(number))
+
+    def _read_record(self, buffer: bytearray, origin: int, start: int, end: int, owner: int) -> None:
+        row = self._index.rows[owner]
+        if row["op"] != fmt.Op.WRITE:
+            return
+        offset, length = int(row["offset"]), int(row["length"])
+        whole = start == offset and end == offset + length
+        payload = self._payload(owner) if whole else self._payloads.get(owner, lambda: self._payload(owner))
+        buffer[start - origin : end - origin] = memoryview(payload)[start - offset : end - offset]
+
+    def _payload(self, owner: int) -> bytes:
+        row = self._index.rows[owner]
+        origin = self._origins[int(self._index.sources[owner])]
+        return origin.records.payload(
+            origin.source, origin.disk, int(row["seq"]), int(row["position"]), int(row["length"]), int(row["xxh3"])
+        )
+
+
+def _rows_of(records: RunRecords, disk: int, first: int, last: int) -> tuple[Rows, list[tuple[int, _Origin]]]:
+    """The effective rows of a run's part for a disk, and for each source how many of them it gave."""
+    pieces = list(records.select(disk, first, last + VOID_DISTANCE_MAX))
+    rows = np.concatenate([rows for _, rows in pieces]) if pieces else np.empty(0, ROW)
+    counts = effective(rows, disk, last)
+    origins = []
+    at = 0
+    for source, part in pieces:
+        taken = int(np.count_nonzero(counts[at : at + len(part)]))
+        origins.append((taken, _Origin(records, source, disk)))
+        at += len(part)
+    return rows[counts], origins
+
+
+def _indexed(parts: list[tuple[Rows, list[tuple[int, _Origin]]]]) -> tuple[Index, list[_Origin]]:
+    counted = [entry for _, entries in parts for entry in entries]
+    counts = np.array([count for count, _ in counted], np.int64)
+    rows = np.concatenate([rows for rows, _ in parts])
+    numbers = np.repeat(np.arange(len(counted), dtype=np.uint32), counts)
+    return build_index(rows, numbers), [origin for _, origin in counted]

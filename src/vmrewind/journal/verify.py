@@ -1,0 +1,209 @@
+"""Verifying journals: every checksum of segments, and whether what ends early is a torn tail or damage.
+
+A *torn tail* is what a crash leaves: the last batch of a run is incomplete and nothing valid comes after it. *Damage* is a batch
+or payload that was whole once: a later batch of the same run is valid in the same file, or the next segment, the next run or
+``head.json`` know of records that the valid prefix lacks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from vmrewind.errors import CorruptionError, UsageError
+from vmrewind.journal import format as fmt
+from vmrewind.journal.reader import Batch, Segment, records, segment_files
+from vmrewind.journal.runs import local_runs, read_head
+
+_WINDOW: Final = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Damage in a segment: byte ``offset`` in the file, and what is wrong there."""
+
+    offset: int
+    message: str
+
+
+@dataclass(slots=True)
+class SegmentReport:
+    """What verifying one segment file found. ``end``: offset where the valid prefix ends; ``torn``: what a crash left there."""
+
+    path: Path
+    run: int = 0
+    number: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+    batches: int = 0
+    records: int = 0
+    payload_bytes: int = 0
+    end: int = 0
+    torn: str | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def journal_paths(paths: Iterable[Path]) -> list[Path]:
+    """Segment files named by ``paths``, journal directories replaced by their live segments; raises UsageError."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += [segment.path for segment in segment_files(path)]
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError(f"{path}: no such file or directory", "name segment files or a journal directory")
+    return found
+
+
+def later_batch(segment: Segment, position: int, number: int) -> Batch | None:
+    """The first valid batch of the segment's run behind ``position`` whose number is above ``number``.
+
+    Batch numbers only grow in a run, so left-overs of the file's earlier life never count.
+    """
+    while position < segment.header.size:
+        window = os.pread(segment.fd, _WINDOW, position)
+        if len(window) < fmt.BATCH.size:
+            return None
+        at = window.find(fmt.BATCH_MAGIC)
+        while 0 <= at <= len(window) - fmt.BATCH.size:
+            _, _, run, found, *_ = fmt.BATCH.unpack_from(window, at)
+            is_later = run == segment.header.run and found > number
+            if is_later and (batch := segment.batch_at(position + at, found)) is not None:
+                return batch
+            at = window.find(fmt.BATCH_MAGIC, at + fmt.ALIGNMENT)
+        position += len(window) - fmt.BATCH.size + fmt.ALIGNMENT
+    return None
+
+
+def verify(paths: Iterable[Path]) -> Iterator[SegmentReport]:
+    """Check every segment that ``paths`` (files, journal directories) name, in order; problems are in the reports.
+
+    Consecutive segments of a run are checked against each other; of a directory also its ``head.json`` and ``runs/``.
+    """
+    paths = list(paths)
+    checked = [_verify_segment(path) for path in journal_paths(paths)]
+    reports = [report for report, _ in checked]
+    for i, (report, tail) in enumerate(checked):
+        if tail is not None and all(other.run != report.run for other in reports[i + 1 :]):
+            _disregard(report, tail)
+    _check_successors(reports)
+    for path in paths:
+        if path.is_dir():
+            _check_known_ends(path, reports)
+    yield from reports
+
+
+def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
+    """The report, and the last batch if its payloads are not whole: that is how a torn tail may look."""
+    report = SegmentReport(path)
+    try:
+        segment = Segment(path)
+    except CorruptionError as error:
+        report.problems.append(Problem(0, str(error)))
+        named = fmt.parse_segment_name(path.name)
+        report.run, report.number = named or (0, 0)
+        return report, None
+    with segment:
+        header = segment.header
+        report.run, report.number, report.first_seq = header.run, header.number, header.first_seq
+        report.last_seq, report.end = header.first_seq - 1, fmt.SEGMENT_HEADER_SIZE
+        _check_zeroes(segment, fmt.SEGMENT.size, fmt.SEGMENT_HEADER_SIZE, report)
+        number, expected_seq, tail = header.first_batch, header.first_seq, None
+        for batch in segment.batches():
+            if batch.first_seq != expected_seq:
+                report.problems.append(
+                    Problem(batch.position, f"batch {batch.number} begins with record {batch.first_seq}, not {expected_seq}")
+                )
+            known = len(report.problems)
+            _verify_payloads(segment, batch, report)
+            tail = batch if len(report.problems) > known else None
+            number, expected_seq = batch.number + 1, batch.last_seq + 1
+            report.batches += 1
+            report.records += batch.count
+            report.payload_bytes += batch.payload_length
+            report.last_seq, report.end = batch.last_seq, batch.end
+        if (later := later_batch(segment, report.end, number)) is not None:
+            tail = None
+            report.problems.append(
+                Problem(
+                    report.end,
+                    f"batch {number} is not valid here, but batch {later.number} is, at offset {later.position}",
+                )
+            )
+        elif (begun := _begun(segment, report.end, number)) is not None:
+            report.torn = begun
+    return report, tail
+
+
+def _disregard(report: SegmentReport, tail: Batch) -> None:
+    """Take a run's last batch out of its report, its payloads being incomplete."""
+    report.problems = [problem for problem in report.problems if problem.offset < tail.position]
+    report.torn = f"batch {tail.number} at offset {tail.position} is there without all of its payloads"
+    report.batches -= 1
+    report.records -= tail.count
+    report.payload_bytes -= tail.payload_length
+    report.last_seq, report.end = tail.first_seq - 1, tail.position
+
+
+def _verify_payloads(segment: Segment, batch: Batch, report: SegmentReport) -> None:
+    data = os.pread(segment.fd, batch.payload_length, batch.payload_position)
+    view = memoryview(data)
+    for record in records(batch):
+        if not record.has_payload:
+            continue
+        at = record.position - batch.payload_position
+        padding = view[at + record.length : at + fmt.padded(record.length)]
+        if xxhash.xxh3_64_intdigest(view[at : at + record.length]) != record.xxh3:
+            message = f"the payload of record {record.seq} does not match its checksum ({record.length} bytes)"
+            report.problems.append(Problem(record.position, message))
+        elif any(padding):
+            report.problems.append(Problem(record.position + record.length, f"padding behind record {record.seq} is not zero"))
+
+
+def _check_zeroes(segment: Segment, start: int, end: int, report: SegmentReport) -> None:
+    data = os.pread(segment.fd, end - start, start)
+    if rest := data.lstrip(b"\0"):
+        report.problems.append(Problem(start + len(data) - len(rest), "the segment header's padding is not zero"))
+
+
+def _begun(segment: Segment, position: int, number: int) -> str | None:
+    head = os.pread(segment.fd, fmt.BATCH.size, position)
+    if len(head) < fmt.BATCH.size:
+        return None
+    magic, _, run, found, *_ = fmt.BATCH.unpack(head)
+    if magic == fmt.BATCH_MAGIC and run == segment.header.run and found == number:
+        return f"batch {number} at offset {position} was begun and not completed"
+    return None
+
+
+def _check_successors(reports: Sequence[SegmentReport]) -> None:
+    for report, following in itertools.pairwise(reports):
+        consecutive = following.run == report.run and following.number == report.number + 1
+        if consecutive and report.end and following.end and following.first_seq != report.last_seq + 1:
+            _ends_early(report, f"segment {following.path.name} begins with record {following.first_seq}")
+
+
+def _check_known_ends(journal: Path, reports: Sequence[SegmentReport]) -> None:
+    ends = {report.run: report for report in reports if report.path.parent == journal}
+    known = [(run.parent, f"run {fmt.run_name(run.run)} continues") for run in local_runs(journal) if run.parent]
+    if (head := read_head(journal)) is not None:
+        known.append((head.position, "head.json holds"))
+    for position, what in known:
+        report = ends.get(position.run)
+        if report is not None and report.end and position.seq > report.last_seq:
+            _ends_early(report, f"{what} record {position.seq}")
+
+
+def _ends_early(report: SegmentReport, witness: str) -> None:
+    if any(problem.offset == report.end for problem in report.problems):
+        return
+    report.torn = None
+    message = f"the segment ends with record {report.last_seq} here, but {witness}"
+    report.problems.append(Problem(report.end, message))
