@@ -72,8 +72,9 @@ def test_toml_is_understood_as_written_and_survives_saving(tmp_path: Path) -> No
         found = [{"target": d.target, "image": d.image, "format": d.format} for d in config.protection.disk]
         assert found == disks
         peeked = peek_toml(path)
-        assert peeked is not None
-        assert (peeked.name, peeked.journal_size) == (name, config.protection.journal_size)
+        assert (peeked is not None) == config.protection.enabled
+        if peeked is not None:
+            assert (peeked.name, peeked.journal_size) == (name, config.protection.journal_size)
         config.save(tmp_path / "config.json")
         assert VmConfig.load_saved(tmp_path / "config.json") == config
 

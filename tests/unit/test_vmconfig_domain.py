@@ -75,6 +75,10 @@ def test_a_domain_without_the_element_or_switched_off_is_not_protected() -> None
     assert peek_storage(domain(off, plain)) is None
 
 
+def test_a_domain_that_is_not_protected_may_have_any_name() -> None:
+    assert parse_domain(b"<domain><name>-x</name></domain>") is None
+
+
 def test_comments_and_the_kept_original_are_passed_over() -> None:
     disks = '<!-- x --><cdp:disk target="vda" image="/a.raw"><cdp:original>&lt;disk/&gt;</cdp:original></cdp:disk><?p q?>'
     assert parse_domain(domain(ELEMENT.format(disks=disks))) is not None
@@ -169,8 +173,8 @@ LAUGHS = (
         (b"<domain>\x00</domain>", "malformed"),
         (b"name = 'a toml file'", "malformed"),
         (b"<network/>", "its root element is <network>"),
-        (b"<domain/>", "name: the value is empty"),
-        (b"<domain><name>a/b</name></domain>", "cannot be a VM's name"),
+        (domain(name=""), "name: the value is empty"),
+        (domain(name="a/b"), "cannot be a VM's name"),
         pytest.param(b"<domain>" * 5000, "malformed", id="deep"),
         pytest.param(LAUGHS.encode(), "document type declaration", id="laughs"),
         pytest.param(LAUGHS.encode("utf-16"), "document type declaration", id="laughs-utf16"),

@@ -234,7 +234,17 @@ def test_the_early_look(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "name =", "name = 1", 'name = "../x"', b"\xff", pytest.param("x = " + "[" * 100_000, id="deep")],
+    [
+        "",
+        'name = "a"',
+        'name = "a"\nprotection = 1',
+        'name = "a"\n[protection]\nenabled = false',
+        "name =",
+        "name = 1",
+        'name = "../x"',
+        b"\xff",
+        pytest.param("x = " + "[" * 100_000, id="deep"),
+    ],
 )
 def test_the_early_look_at_rubbish_sees_nothing(tmp_path: Path, text: str | bytes) -> None:
     assert peek_storage(write(tmp_path, text)) is None
@@ -244,10 +254,9 @@ def test_the_early_look_at_rubbish_sees_nothing(tmp_path: Path, text: str | byte
 @pytest.mark.parametrize(
     "text",
     [
-        'name = "a"\nprotection = 1',
-        'name = "a"\nunknown = 1\n[protection]\njournal = 1\njournal_size = true',
-        'name = "a"\n[protection]\njournal = ""\njournal_size = "huge"',
-        'name = "a"\n[protection]\njournal = "\\u0000"\njournal_size = -1',
+        'name = "a"\nunknown = 1\n[protection]\nenabled = true\njournal = 1\njournal_size = true',
+        'name = "a"\n[protection]\nenabled = true\njournal = ""\njournal_size = "huge"',
+        'name = "a"\n[protection]\nenabled = true\njournal = "\\u0000"\njournal_size = -1',
     ],
 )
 def test_the_early_look_passes_over_mistakes(tmp_path: Path, text: str) -> None:

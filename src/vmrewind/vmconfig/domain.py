@@ -64,12 +64,12 @@ PROTECT_AGAIN: Final = "vmrewind unprotect, then vmrewind protect, with the VM s
 def parse_domain(xml: bytes) -> VmConfig | None:
     """The configuration of a domain, None if it is not protected. Raises ConfigError."""
     domain = parse_xml(xml)
+    if not protection_elements(domain):
+        return None
     name = (domain.findtext("name") or "").strip()
     where = f"domain {name!r}"
     try:
         check_name("name", name)
-        if not protection_elements(domain):
-            return None
         protection = read_protection(domain)
         if not protection.enabled:
             _check_disabled(domain, name)

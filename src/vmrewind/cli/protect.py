@@ -1,0 +1,137 @@
+"""``vmrewind protect``: put a libvirt domain's disks behind the capture, from its next start on."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import re
+import stat
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from vmrewind.errors import ImageError, LibvirtError, UsageError
+from vmrewind.paths import VmPaths
+from vmrewind.repository.repository import Repository
+from vmrewind.start.hook_script import Installed, install
+from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
+from vmrewind.vmconfig.domain import parse_domain
+from vmrewind.vmconfig.model import DiskConfig, Invalid, JournalFullPolicy, ShipMode, parse_size
+from vmrewind.vmconfig.rewrite import Rewritten, protect_domain
+
+
+def protect(
+    domain: Annotated[str, Parameter(help="The domain's name. It must be shut off.")],
+    /,
+    *,
+    disk: Annotated[list[str] | None, Parameter(help="Target of a disk to protect (vda); may be repeated.", negative=())] = None,
+    repository: Annotated[str | None, Parameter(help="Where history is kept: a directory or file:// URL.")] = None,
+    ship: Annotated[ShipMode | None, Parameter(help="When records are carried to the repository: always, or on command.")] = None,
+    journal: Annotated[Path | None, Parameter(help="Directory of the local journal.")] = None,
+    journal_size: Annotated[str | None, Parameter(help="Space for the local journal: 8GiB.")] = None,
+    on_journal_full: Annotated[JournalFullPolicy | None, Parameter(help="What gives way when that space is used up.")] = None,
+    connect: Annotated[str, Parameter(help="libvirt's URI.")] = DEFAULT_URI,
+    json: Annotated[bool, Parameter(help="Print one JSON object.", negative=())] = False,
+) -> None:
+    """Protect disks of a libvirt domain from its next start on.
+
+    The domain's XML is rewritten: the disks' sources become vmrewind's socket, their own definitions are kept in the metadata
+    for unprotect. Repeating the command adds disks or changes settings; what is not given keeps its value.
+    """
+    changes = _changes(repository, ship, journal, journal_size, on_journal_full)
+    with Libvirt(connect) as libvirt:
+        found = libvirt.domain(domain)
+        found.require_stopped()
+        before = found.inactive_xml
+        reconnect = libvirt.knows_reconnect
+        after = protect_domain(before, disk or [], socket=str(VmPaths(domain).nbd_socket), reconnect=reconnect, changes=changes)
+        if not after.protection.disk:
+            raise UsageError(f"{domain}: no disk is named", "name each disk to protect: --disk vda (virsh domblklist shows them)")
+        assert after.protection.repository is not None
+        Repository.open(after.protection.repository)
+        for config in after.protection.disk:
+            check_image(config)
+        hook = install(libvirt.version)
+        libvirt.define(after.xml)
+        stored = parse_domain(found.inactive_xml)
+        if stored is None or stored.protection != after.protection:
+            libvirt.define(before)
+            raise LibvirtError(
+                f"domain {domain!r}: libvirt did not keep what was written into its XML; the domain is as it was",
+                "report this with the libvirt version (virsh version) and the domain's XML",
+            )
+        snapshots = found.snapshots
+    if json:
+        sys.stdout.write(jsonlib.dumps(_report(domain, after, hook, reconnect)) + "\n")
+        return
+    _tell(Console(), domain, after, hook, reconnect, snapshots)
+
+
+def check_image(disk: DiskConfig) -> None:
+    """The image is there and of a kind that can be protected. Raises ImageError."""
+    try:
+        mode = Path(disk.image).stat().st_mode
+    except OSError as error:
+        raise ImageError(f"disk {disk.target}: {disk.image}: {error.strerror}", "correct the disk's source: virsh edit") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ImageError(f"disk {disk.target}: {disk.image} is neither a file nor a block device", "correct the disk's source")
+
+
+def _changes(
+    repository: str | None,
+    ship: ShipMode | None,
+    journal: Path | None,
+    journal_size: str | None,
+    on_journal_full: JournalFullPolicy | None,
+) -> dict[str, object]:
+    """The fields of Protection that the command line sets."""
+    changes: dict[str, object] = {}
+    if repository is not None:
+        is_url = re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|s3:|gs:|az:)", repository)
+        changes["repository"] = repository if is_url or not repository else str(Path.cwd() / repository)
+    if journal is not None:
+        changes["journal"] = str(Path.cwd() / journal)
+    if journal_size is not None:
+        try:
+            changes["journal_size"] = parse_size("--journal-size", journal_size)
+        except Invalid as error:
+            raise UsageError(f"{error.key}: {error}", error.hint) from None
+    if ship is not None:
+        changes["ship"] = ship
+    if on_journal_full is not None:
+        changes["on_journal_full"] = on_journal_full
+    return changes
+
+
+def _report(domain: str, after: Rewritten, hook: Installed, reconnect: bool) -> dict[str, Any]:
+    return {
+        "domain": domain,
+        "disks": {disk.target: {"image": disk.image, "format": disk.format} for disk in after.protection.disk},
+        "added": list(after.added),
+        "repository": after.protection.repository,
+        "ship": after.protection.ship,
+        "hook": {"path": str(hook.path), "changed": hook.changed, "reloaded": list(hook.reloaded)},
+        "reconnect": reconnect,
+    }
+
+
+def _tell(console: Console, domain: str, after: Rewritten, hook: Installed, reconnect: bool, snapshots: int) -> None:
+    def line(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    line(f"{domain} is protected from its next start on.")
+    for disk in after.protection.disk:
+        note = "" if disk.target in after.added else " (as before)"
+        line(f"  {disk.target}  {disk.image} ({disk.format}){note}")
+    line(f"  repository {after.protection.repository}, shipping {after.protection.ship}")
+    if hook.changed:
+        line(f"Installed libvirt's hook {hook.path}.")
+        if not hook.reloaded:
+            line("  libvirt looks for hooks when it starts: restart libvirtd (or virtqemud) if it was not running just now.")
+    if not reconnect:
+        line("This libvirt is older than 9.2: should the capture die, the VM pauses for a moment until it is back.")
+    if snapshots:
+        line(f"The domain has {snapshots} snapshots from before: reverting to one brings the unprotected disks back.")
+    line(f"Make the full backup now (vmrewind backup {domain}), or the first start makes it and takes as long.")

@@ -1,0 +1,50 @@
+"""``vmrewind unprotect``: give a libvirt domain its own disks back."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from vmrewind.paths import VmPaths
+from vmrewind.start.hook import stop_keeper
+from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
+from vmrewind.vmconfig.rewrite import unprotect_domain
+
+
+def unprotect(
+    domain: Annotated[str, Parameter(help="The domain's name. It must be shut off.")],
+    /,
+    *,
+    connect: Annotated[str, Parameter(help="libvirt's URI.")] = DEFAULT_URI,
+    json: Annotated[bool, Parameter(help="Print one JSON object.", negative=())] = False,
+) -> None:
+    """Take a libvirt domain's protection away: its XML becomes what it was. The history that was recorded stays."""
+    with Libvirt(connect) as libvirt:
+        found = libvirt.domain(domain)
+        xml = found.inactive_xml
+        protected = b"urn:vmrewind:protection:" in xml
+        after = unprotect_domain(xml)
+        if protected:
+            found.require_stopped()
+            stop_keeper(VmPaths(domain))
+            libvirt.define(after.xml)
+    if json:
+        report = {"domain": domain, "was_protected": protected, "disks": list(after.removed)}
+        sys.stdout.write(jsonlib.dumps(report) + "\n")
+        return
+    console = Console()
+    if not protected:
+        console.print(f"{domain} is not protected.", markup=False, highlight=False)
+        return
+    disks = ", ".join(after.removed) or "none"
+    console.print(
+        f"{domain} is no longer protected; disks put back: {disks}. Its history stays in the repository and in "
+        f"{VmPaths(domain).state}.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
