@@ -18,8 +18,9 @@ from pathlib import Path
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.recovery import find_end, recover
-from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmStateError
+from vmrewind.errors import ConfigError, ImageError, MomentError, RepositoryError, VmStateError
 from vmrewind.history.history import History
+from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import (
@@ -188,9 +189,18 @@ class Planner:
             if (end := find_end(self.journal, info.run, verify_after=1 << 64)) is not None:
                 return Past(runs, Position(info.run, end.next_seq - 1, end.last_time_ns), None, cause)
         if self.repository is not None and (shipped := self.repository.runs()):
-            history = History.open(self.config.name, None, self.repository)
-            return Past(shipped, history.latest(), None, "the local journal is gone")
+            return Past(shipped, self._last_shipped(), None, "the local journal is gone")
         return Past([], None, None)
+
+    def _last_shipped(self) -> Position:
+        """The last moment that the repository knows, for a host whose journal is gone."""
+        with History.open(self.config.name, None, self.repository) as history:
+            branch = history.branch()
+            info = history.runs[branch.run]
+            try:
+                return resolve(history, branch, "latest", [disk.target for disk in info.disks])
+            except MomentError:
+                return Position(info.run, history.records(info.run).last_known or info.first_seq, info.start_time_ns)
 
     def open_images(self) -> list[Image]:
         """Every protected disk's image, open and locked; raises ImageError."""

@@ -51,7 +51,7 @@ class VmHandle:
                 repository = Repository.open(self.repository_url).vm(self.name)
             except RepositoryError as error:
                 unreachable = error
-        return History.open(self.name, self.journal, repository, unreachable)
+        return History.open(self.name, self.journal, repository, bases=self.paths.bases, problem=unreachable)
 
 
 def open_vm(argument: str) -> VmHandle:
