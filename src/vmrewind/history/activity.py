@@ -18,7 +18,6 @@ from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
 from vmrewind.repository.segment import Rows
 
-
 _KINDS: Final = frozenset(int(kind) for kind in fmt.Event)
 
 

@@ -140,7 +140,8 @@ class RunRecords:
             else:
                 high = filled
         while low:
-            if (row := last_at(pieces[low - 1].rows, time_ns)) is not None:
+            row: np.void | None = last_at(pieces[low - 1].rows, time_ns)
+            if row is not None:
                 return row
             low -= 1
         return None

@@ -165,7 +165,7 @@ class View:
         chunk_id = self._manifest.chunks[number]
         assert chunk_id is not None, "zero chunks are not read"
         repository = self._history.reachable_repository(f"base {self._manifest.id} of disk {self.disk.target}")
-        return repository.repository.chunks.read(chunk_id, self._manifest.chunk_length(number))
+        return repository.read_chunk(chunk_id)
 
     def _read_record(self, buffer: bytearray, origin: int, start: int, end: int, owner: int) -> None:
         row = self._index.rows[owner]
