@@ -1,0 +1,233 @@
+"""Reading a run's journal forward from a seq, while capture appends to it and recycles it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from vmrewind.errors import CorruptionError
+from vmrewind.journal import format as fmt
+from vmrewind.journal.reader import Batch, Segment, SegmentFile, segment_files, unpack_segment_header
+
+_xxh3 = xxhash.xxh3_64_intdigest
+_LIST_SECONDS: Final = 1.0
+"""How often, at the end of a growing journal, all of the directory is looked at and not just for the next segment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A whole batch, verified, with its payloads (empty from a cursor that does not read them)."""
+
+    batch: Batch
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Seqs that the journal does not have (any more), ends included."""
+
+    first: int
+    last: int
+    cause: str
+
+
+class Cursor:
+    """A place in a run's journal; ``next_seq`` is the first seq that was not returned yet.
+
+    ``growing``: the run is the newest, its end is not final. Without ``payloads`` only headers and tables are read.
+    A shared lock is held on the segment being read until ``release``, which keeps the place.
+    """
+
+    def __init__(self, journal: Path, run: int, seq: int, *, growing: bool, payloads: bool = True) -> None:
+        self._journal = journal
+        self._run = run
+        self._growing = growing
+        self._payloads = payloads
+        self.next_seq = seq
+        self._segment: Segment | None = None
+        self._number = 0
+        """The segment of the place, 0 before the first was found: segments count from 1."""
+        self._position = 0
+        self._batch = 0
+        self._expected = 0
+        """The seq that the batch at the place must begin with."""
+        self._list_at = 0.0
+
+    def read(self) -> Piece | Hole | None:
+        """The batch that holds ``next_seq``, or the hole that it lies in; None if there is nothing (yet).
+
+        Raises CorruptionError for a newest segment without a readable header, and OSError.
+        """
+        while True:
+            if self._segment is None and (hole := self._open()):
+                return hole
+            if self._segment is None:
+                return None
+            batch = self._segment.batch_at(self._position, self._batch)
+            if batch is not None and batch.first_seq > self._expected:
+                self._expected = batch.first_seq
+                if hole := self._skip_to(batch.first_seq, f"{self._name} goes on without them at offset {batch.position}"):
+                    return hole
+            if batch is not None and batch.last_seq < self.next_seq:
+                self._pass(batch)
+                continue
+            piece = self._verified(batch)
+            if piece is None and batch is not None and self._segment.batch_at(batch.end, batch.number + 1) is not None:
+                # Batches are written one after the other, so this one was whole when its successor was: look once more.
+                piece = self._verified(batch)
+                if piece is None:
+                    self._pass(batch)
+                    if hole := self._skip_to(batch.last_seq + 1, f"{self._name} is damaged at offset {batch.payload_position}"):
+                        return hole
+                    continue
+            if piece is None:
+                successors = self._successors()
+                if not successors:
+                    return None
+                # Since we saw the end something may have been appended: the successor came after that.
+                batch = self._segment.batch_at(self._position, self._batch)
+                piece = self._verified(batch)
+                if piece is None:
+                    if hole := self._advance(successors):
+                        return hole
+                    continue
+            self._pass(piece.batch)
+            self.next_seq = piece.batch.last_seq + 1
+            return piece
+
+    def release(self) -> None:
+        """Let the pool recycle the segment being read. The next read goes on at the same place if it is still there."""
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+    def remaining_bytes(self) -> int:
+        """Roughly how much of the journal lies ahead: whole segments count, the last one's content does not."""
+        ahead = self._listed(self._number + 1) if self._number else []
+        if not ahead:
+            return 0
+        try:
+            size = ahead[0].path.stat().st_size
+        except FileNotFoundError:
+            return 0
+        return len(ahead) * size - self._position
+
+    @property
+    def _name(self) -> str:
+        return f"segment {fmt.segment_name(self._run, self._number)}"
+
+    def _pass(self, batch: Batch) -> None:
+        self._position, self._batch, self._expected = batch.end, batch.number + 1, batch.last_seq + 1
+
+    def _skip_to(self, seq: int, cause: str) -> Hole | None:
+        """The hole before ``seq``, None if it was behind us already."""
+        if seq <= self.next_seq:
+            return None
+        hole = Hole(self.next_seq, seq - 1, cause)
+        self.next_seq = seq
+        return hole
+
+    def _verified(self, batch: Batch | None) -> Piece | None:
+        """The batch with its payloads, None if they are torn or damaged: each record's checksum must be right."""
+        if batch is None or self._segment is None:
+            return None
+        if not self._payloads:
+            return Piece(batch, b"")
+        payload = os.pread(self._segment.fd, batch.payload_length, batch.payload_position)
+        if len(payload) != batch.payload_length:
+            return None
+        view = memoryview(payload)
+        at = 0
+        for _, length, _, op, _, xxh3 in fmt.RECORD.iter_unpack(batch.table):
+            if op in fmt.PAYLOAD_OPS:
+                if _xxh3(view[at : at + length]) != xxh3:
+                    return None
+                at += fmt.padded(length)
+        return Piece(batch, payload) if at == batch.payload_length else None
+
+    def _open(self) -> Hole | None:
+        """Open the segment of the place, or else the one that holds ``next_seq``; without one nothing is open afterwards."""
+        if self._number and self._try_open(self._number):
+            return None
+        self._number = 0
+        while True:
+            found: tuple[SegmentFile, int] | None = None
+            for file in reversed(segment_files(self._journal, self._run)):
+                first_seq = self._first_seq(file)
+                if first_seq is not None:
+                    found = (file, first_seq)
+                    if first_seq <= self.next_seq:
+                        break
+            if found is None:
+                return None
+            if self._try_open(found[0].number):
+                self._to_start()
+                return self._skip_to(
+                    self._expected, f"{self._name} is the oldest one left: they were recycled before they were shipped"
+                )
+
+    def _try_open(self, number: int) -> bool:
+        """Open a segment and lock it, False if it was recycled; raises CorruptionError if its header is damaged."""
+        try:
+            segment = Segment(self._journal / fmt.segment_name(self._run, number))
+        except FileNotFoundError:
+            return False
+        if (segment.header.run, segment.header.number) != (self._run, number):
+            segment.close()
+            return False
+        self.release()
+        self._segment, self._number = segment, number
+        return True
+
+    def _to_start(self) -> None:
+        assert self._segment is not None
+        header = self._segment.header
+        self._position, self._batch, self._expected = fmt.SEGMENT_HEADER_SIZE, header.first_batch, header.first_seq
+
+    def _first_seq(self, file: SegmentFile) -> int | None:
+        """From the header, without a lock; None if the segment is gone or damaged."""
+        try:
+            with open(file.path, "rb", buffering=0) as opened:
+                header = unpack_segment_header(opened.read(fmt.SEGMENT_HEADER_SIZE), file.path)
+        except (FileNotFoundError, CorruptionError):
+            return None
+        return header.first_seq if (header.run, header.number) == (file.run, file.number) else None
+
+    def _successors(self) -> list[SegmentFile]:
+        """The segments behind the one being read."""
+        following = self._journal / fmt.segment_name(self._run, self._number + 1)
+        if following.exists():
+            return [SegmentFile(following, self._run, self._number + 1), *self._listed(self._number + 2)]
+        if self._growing and time.monotonic() < self._list_at:
+            return []
+        self._list_at = time.monotonic() + _LIST_SECONDS
+        return self._listed(self._number + 1)
+
+    def _listed(self, number_min: int) -> list[SegmentFile]:
+        return [file for file in segment_files(self._journal, self._run) if file.number >= number_min]
+
+    def _advance(self, successors: list[SegmentFile]) -> Hole | None:
+        """Go on in the first of the successors that can be read; what they begin with tells whether anything is lost."""
+        left, position, expected = self._number, self._position, self._expected
+        for file in successors:
+            try:
+                if not self._try_open(file.number):
+                    continue
+            except CorruptionError:
+                if file is successors[-1]:
+                    raise
+                continue
+            self._to_start()
+            if self._expected <= expected:
+                return None
+            if file.number == left + 1:
+                cause = f"segment {fmt.segment_name(self._run, left)} is damaged at offset {position}"
+            else:
+                cause = f"the segments before {self._name} were recycled before they were shipped, or are damaged"
+            return self._skip_to(self._expected, cause)
+        return None

@@ -1,0 +1,197 @@
+"""The process around shipping: told to start and stop by a file, stopped by SIGTERM, undeterred by a repository that is away.
+
+Until disks are named only the standard library and xxhash are imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from vmrewind.errors import VmrewindError
+from vmrewind.ship.instructions import Instructions
+from vmrewind.ship.status import Reporter, ShipStatus
+
+if TYPE_CHECKING:
+    from vmrewind.ship.shipper import Progress, Shipper
+
+POLL_SECONDS: Final = 0.2
+RETRY_SECONDS_MIN: Final = 0.5
+RETRY_SECONDS_MAX: Final = 30.0
+FINISH_SECONDS: Final = 5.0
+"""For so long what is there is shipped after SIGTERM. Nothing depends on it: the next start goes on from the journal."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until SIGTERM; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="vmrewind.ship", description="Carries a VM's captured records to its repository.")
+    parser.add_argument("--vm", required=True, help="the VM's name")
+    parser.add_argument("--journal", required=True, type=Path, help="the journal's directory")
+    parser.add_argument("--repository", required=True, help="the repository's URL")
+    parser.add_argument("--state", required=True, type=Path, help="the VM's state directory, with ship.json and config.json")
+    parser.add_argument("--runtime", required=True, type=Path, help="the VM's runtime directory, for the report")
+    given = parser.parse_args(arguments)
+    return _Process(given.vm, given.journal, given.repository, given.state, given.runtime).run()
+
+
+class _Process:
+    def __init__(self, vm: str, journal: Path, repository: str, state: Path, runtime: Path) -> None:
+        self._vm = vm
+        self._journal = journal
+        self._repository = repository
+        self._state = state
+        self._instructions = Instructions(state / "ship.json")
+        self._reporter = Reporter(runtime)
+        self._shipper: Shipper | None = None
+        self._stopping = False
+        self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._error = ""
+        self._failed_at = 0.0
+        self._retry_at = 0.0
+        self._retry_seconds = 0.0
+
+    def run(self) -> int:
+        signal.set_wakeup_fd(self._wakeup[1])
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGALRM, self._give_up)
+        with self._lock() as locked:
+            while locked and not self._stopping:
+                self._wait(self._turn())
+            if locked:
+                self._drain()
+                self._reporter.remove()
+        return 0
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+        # A repository that hangs in the middle of a put must not hold up the VM's stop.
+        signal.alarm(int(FINISH_SECONDS) + 2)
+
+    def _give_up(self, *_: object) -> None:
+        self._say("the repository does not answer; what is not shipped yet follows at the VM's next start")
+        os._exit(0)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[bool]:
+        """One ship for a VM on this host: wait for a former one to end. Gives False if told to stop meanwhile."""
+        self._state.mkdir(parents=True, exist_ok=True)
+        with open(self._state / "ship.lock", "wb") as file:
+            while not self._stopping:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._wait(POLL_SECONDS)
+                    continue
+                break
+            yield not self._stopping
+
+    def _wait(self, seconds: float) -> None:
+        """Until the time is over or a signal comes."""
+        if seconds > 0 and not self._stopping and select.select([self._wakeup[0]], [], [], seconds)[0]:
+            os.read(self._wakeup[0], 4096)
+
+    def _turn(self) -> float:
+        """One look at what is to be done; returns how long there is nothing to do."""
+        disks = self._instructions.disks()
+        if not disks:
+            self._switch_off()
+            self._report("idle", disks)
+            return POLL_SECONDS
+        if time.monotonic() < self._retry_at:
+            self._report("waiting", disks)
+            return POLL_SECONDS
+        try:
+            wait_seconds = self._ready().step(disks)
+        except (VmrewindError, OSError) as error:
+            self._failed(error)
+            self._report("waiting", disks)
+            return POLL_SECONDS
+        self._succeeded()
+        self._report("shipping", disks)
+        return wait_seconds
+
+    def _ready(self) -> Shipper:
+        if self._shipper is None:
+            from vmrewind.ship.shipper import Shipper
+
+            self._shipper = Shipper(self._vm, self._journal, self._repository, self._state)
+        return self._shipper
+
+    def _switch_off(self) -> None:
+        if self._shipper is None:
+            return
+        try:
+            self._shipper.finish()
+        except (VmrewindError, OSError) as error:
+            self._say(f"switched off with records unsent: {_words(error)}")
+        self._shipper = None
+        self._error, self._retry_at, self._retry_seconds = "", 0.0, 0.0
+
+    def _drain(self) -> None:
+        disks = self._instructions.disks()
+        if not disks:
+            return
+        deadline = time.monotonic() + FINISH_SECONDS
+        try:
+            while self._ready().step(disks, hurry=True) == 0.0:
+                if time.monotonic() >= deadline:
+                    self._say("told to stop with records unsent; they follow at the VM's next start")
+                    return
+        except (VmrewindError, OSError) as error:
+            self._say(f"told to stop with records unsent, they follow at the VM's next start: {_words(error)}")
+
+    def _failed(self, error: VmrewindError | OSError) -> None:
+        if not self._error:
+            self._failed_at = time.monotonic()
+        if str(error) != self._error:
+            self._say(f"{_words(error)}; trying again for as long as it takes")
+        self._error = str(error)
+        self._retry_seconds = min(max(2 * self._retry_seconds, RETRY_SECONDS_MIN), RETRY_SECONDS_MAX)
+        self._retry_at = time.monotonic() + self._retry_seconds
+        if self._shipper is not None:
+            self._shipper.reset()
+
+    def _succeeded(self) -> None:
+        if self._error:
+            self._say(f"shipping again after {time.monotonic() - self._failed_at:.0f} s")
+            self._error, self._retry_seconds = "", 0.0
+
+    def _report(self, state: str, disks: tuple[str, ...]) -> None:
+        if not self._reporter.due:
+            return
+        pid = os.getpid()
+        if self._shipper is None:
+            self._reporter.write(ShipStatus(pid, state, disks, error=self._error or None))
+            return
+        try:
+            now: Progress | None = self._shipper.progress()
+        except (VmrewindError, OSError):
+            now = None  # the journal cannot be read: the next step says so
+        if now is None or now.run is None:
+            self._reporter.write(ShipStatus(pid, "waiting", disks, unsent_bytes=None, lag_seconds=None, error=self._error or None))
+            return
+        self._reporter.write(
+            ShipStatus(
+                pid, state, disks, f"{now.run:016x}", now.shipped_seq, now.shipped_time_ns, now.unsent_bytes, now.lag_seconds,
+                self._error or None,
+            )
+        )  # fmt: skip
+
+    def _say(self, what: str) -> None:
+        print(f"ship: {self._vm}: {what}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _words(error: VmrewindError | OSError) -> str:
+    """On one line, as a log wants it."""
+    hint = getattr(error, "hint", "")
+    return " ".join(f"{error} ({hint})".split() if hint else str(error).split())

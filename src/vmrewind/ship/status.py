@@ -1,0 +1,85 @@
+"""What ship says about itself: ``ship.json`` in the VM's runtime directory, for ``vmrewind status``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+INTERVAL_SECONDS: Final = 1.0
+"""Least time between two reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShipStatus:
+    """``state``: idle (told to carry nothing), shipping, or waiting (for a run to begin, or after ``error``, to try again).
+
+    ``run`` is 16 hex digits. Every record up to ``shipped_seq`` of the disks named is in the repository; ``shipped_time_ns`` is
+    the time of the newest record that was sent. ``unsent_bytes``: payload known to be captured and not sent. ``lag_seconds``: age
+    of the oldest record that is not sent, 0 without one. What is not known is None.
+    """
+
+    pid: int
+    state: str
+    disks: tuple[str, ...] = ()
+    run: str | None = None
+    shipped_seq: int | None = None
+    shipped_time_ns: int | None = None
+    unsent_bytes: int | None = 0
+    lag_seconds: float | None = 0.0
+    error: str | None = None
+
+
+def status_path(runtime: Path) -> Path:
+    """Where a VM's ship reports, in its runtime directory."""
+    return runtime / "ship.json"
+
+
+def status(runtime: Path) -> ShipStatus | None:
+    """The last report of a VM's ship, None if there is none or the process that wrote it is gone."""
+    try:
+        plain: dict[str, Any] = json.loads(status_path(runtime).read_bytes())
+        found = ShipStatus(**plain | {"disks": tuple(plain["disks"])})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        os.kill(found.pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # it lives, as another user
+    return found
+
+
+class Reporter:
+    """Writes the report when it differs from the last one, and at most once in ``INTERVAL_SECONDS``."""
+
+    def __init__(self, runtime: Path) -> None:
+        self._path = status_path(runtime)
+        self._written: ShipStatus | None = None
+        self._next = 0.0
+
+    @property
+    def due(self) -> bool:
+        """Whether a report may be written now; what it costs to know can be saved otherwise."""
+        return time.monotonic() >= self._next
+
+    def write(self, now: ShipStatus) -> None:
+        """Replace the report. It lies in memory (tmpfs), so nothing is synced; a failure is not worth stopping for."""
+        self._next = time.monotonic() + INTERVAL_SECONDS
+        if now == self._written:
+            return
+        temporary = self._path.with_name(f".{self._path.name}.{now.pid}.tmp")
+        try:
+            temporary.write_text(json.dumps(asdict(now)) + "\n")
+            temporary.replace(self._path)
+        except OSError:
+            return
+        self._written = now
+
+    def remove(self) -> None:
+        """The process ends: there is nothing to say any more."""
+        self._path.unlink(missing_ok=True)
