@@ -1,0 +1,99 @@
+"""What ``vmrewind status`` shows of a VM, gathered from its processes, its journal and its ship."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vmrewind.errors import VmrewindError
+from vmrewind.journal.format import run_name
+from vmrewind.journal.reader import segment_files
+from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
+from vmrewind.paths import state_root
+from vmrewind.ship.status import status as ship_status
+from vmrewind.start.control import instruct
+from vmrewind.start.processes import Process, running
+from vmrewind.start.resolve import VmHandle
+from vmrewind.start.wanted import read_wanted
+
+
+def known_vms() -> list[str]:
+    """Names of the VMs that were protected on this host at least once."""
+    try:
+        return sorted(entry.name for entry in os.scandir(state_root() / "vms") if (Path(entry.path) / "config.json").exists())
+    except FileNotFoundError:
+        return []
+
+
+def overview(handle: VmHandle) -> dict[str, Any]:
+    """Everything about a VM's protection now, as plain data. Times in ns since the epoch, sizes in bytes."""
+    keeping = running(handle.paths)
+    config = handle.config
+    result: dict[str, Any] = {
+        "vm": handle.name,
+        "state": "running" if keeping else "stopped",
+        "repository": handle.repository_url,
+        "journal": _journal(handle),
+        "problems": [],
+    }
+    problems: list[str] = result["problems"]
+    if config is not None:
+        result["disks"] = {
+            d.target: {"image": d.image, "format": d.format, "bases": _bases(handle, d.target)} for d in config.protection.disk
+        }
+        result["ship"] = {"wanted": read_wanted(handle.paths)}
+    runs = local_runs(handle.journal)
+    head = read_head(handle.journal)
+    if head is not None:
+        result["last_record"] = {"run": run_name(head.position.run), "seq": head.position.seq, "time_ns": head.position.time_ns}
+    if keeping is not None:
+        result["run"], result["mode"] = keeping.run, keeping.mode
+        result["processes"] = {
+            role: _process(getattr(keeping, role), role, problems) for role in ("keeper", "capture", "ship", "qemu")
+        }
+        try:
+            result["capture"] = instruct(handle.paths, command="status")
+            result["capture"].pop("ok")
+            result["last_record"] = {key: result["capture"][key] for key in ("run", "seq", "time_ns")}
+        except VmrewindError as error:
+            problems.append(str(error))
+        shipping = ship_status(handle.paths.runtime)
+        if shipping is not None:
+            result.setdefault("ship", {}).update(asdict(shipping))
+            if shipping.error:
+                problems.append(f"ship cannot reach the repository: {shipping.error}")
+        if result.get("capture", {}).get("journal_full"):
+            problems.append("the journal is full and the guest's writes are held until it has room")
+    elif runs and head is None:
+        problems.append("the last run did not end cleanly: the next start finishes its journal and makes a new base")
+    if (handle.journal / RESTORE_PENDING).exists():
+        problems.append("a restore in place was interrupted: run it again to complete it")
+    return result
+
+
+def _process(process: Process | None, role: str, problems: list[str]) -> dict[str, Any] | None:
+    if process is None:
+        return None
+    if not process.alive:
+        problems.append(f"the {role} process (pid {process.pid}) is dead")
+    return {"pid": process.pid, "alive": process.alive}
+
+
+def _journal(handle: VmHandle) -> dict[str, Any]:
+    live = segment_files(handle.journal)
+    size = 0
+    for segment in live:
+        with contextlib.suppress(FileNotFoundError):
+            size += segment.path.stat().st_size
+    return {
+        "directory": str(handle.journal),
+        "used_bytes": size,
+        "quota_bytes": handle.config.protection.journal_size if handle.config else None,
+    }
+
+
+def _bases(handle: VmHandle, target: str) -> list[str]:
+    return sorted(path.stem for path in (handle.paths.bases / target).glob("*.json"))
