@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from guests.kernel import GuestError
+from guests.monitor import Monitor
 
 APPEND = "console=ttyS0 quiet loglevel=4 panic=-1 random.trust_cpu=on"
 """Serial console; a panic reboots at once, which ``-no-reboot`` turns into QEMU's end."""
@@ -96,9 +95,7 @@ class Machine:
     def __enter__(self) -> Machine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
         self._directory.cleanup()
 
@@ -127,17 +124,8 @@ class Machine:
 
     def power_button(self) -> None:
         """Press the power button (QMP ``system_powerdown``)."""
-        with socket.socket(socket.AF_UNIX) as qmp:
-            qmp.settimeout(30)
-            qmp.connect(str(self._qmp))
-            with qmp.makefile("rwb") as stream:
-                stream.readline()
-                for command in ("qmp_capabilities", "system_powerdown"):
-                    stream.write(json.dumps({"execute": command}).encode() + b"\n")
-                    stream.flush()
-                    while "return" not in (answer := json.loads(stream.readline())):
-                        if "error" in answer:
-                            raise GuestError(f"{command}: {answer['error']}")
+        with Monitor(self._qmp) as monitor:
+            monitor.execute("system_powerdown")
 
     def kill(self) -> None:
         """End QEMU the hard way, as a power failure does. Nothing happens if it has ended already."""
