@@ -104,7 +104,7 @@ class MadeHistory:
         write_durably(run_path(self.journal, self.run), self.infos[self.run].to_json())
         (self.journal / "head.json").unlink(missing_ok=True)
         clock = Clock(parent.time_ns if parent is not None else 0, lambda: self.now_ns, lambda: self.now_ns)
-        self.writer = JournalWriter(self.pool, UUID.bytes, self.run, clock, lambda s: self.recycling(s), self.next_seq)
+        self.writer = JournalWriter(self.pool, UUID.bytes, self.run, clock, self.recycling, self.next_seq)
         self.event(fmt.Event.START, {"vm": VM})
         return self.run
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, pairwise
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vmrewind.errors import MomentError
 from vmrewind.history.cache import Lru
@@ -26,6 +31,10 @@ VOID_DISTANCE_MAX: Final = 2 * fmt.RECORDS_MAX
 
 _CHUNKS_BYTES_MAX: Final = 64 << 20
 _PAYLOADS_BYTES_MAX: Final = 64 << 20
+_READERS: Final = 4
+"""Threads that fetch, decompress and verify; all of it releases the interpreter's lock."""
+_READ_AHEAD: Final = 8
+_TASK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,80 @@ class View:
         if at < offset + length:
             self._read_base(buffer, offset, at, offset + length)
         return bytes(buffer)
+
+    def data(self) -> Iterator[tuple[int, bytes | memoryview]]:
+        """(offset, bytes) of everything that may be other than zeroes, each byte once, in the order that is cheapest to read.
+
+        First what the base still holds, then the records' payloads in the order in which they lie in their sources, so that a
+        journal or a shipped object is read once from its beginning to its end, however the writes were scattered over the disk.
+        """
+        tasks = chain(self._base_tasks(), self._record_tasks())
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="view") as pool:
+            ahead: deque[Future[list[tuple[int, bytes | memoryview]]]] = deque()
+            try:
+                for task in tasks:
+                    ahead.append(pool.submit(task))
+                    if len(ahead) > _READ_AHEAD:
+                        yield from ahead.popleft().result()
+                while ahead:
+                    yield from ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _base_tasks(self) -> Iterator[Callable[[], list[tuple[int, bytes | memoryview]]]]:
+        size = self._manifest.chunk_size
+        for number, chunk_id in enumerate(self._manifest.chunks):
+            start, end = number * size, min((number + 1) * size, self._manifest.size, self.size)
+            if chunk_id is not None and (free := list(self._uncovered(start, end))):
+                yield partial(self._base_parts, number, free)
+
+    def _base_parts(self, number: int, parts: list[tuple[int, int]]) -> list[tuple[int, bytes | memoryview]]:
+        chunk, start = memoryview(self._chunk(number)), number * self._manifest.chunk_size
+        return [(low, chunk[low - start : high - start]) for low, high in parts]
+
+    def _uncovered(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts of [start, end) that no record owns."""
+        at = start
+        for low, high, _ in self._extents(start, max(end - start, 0)):
+            if low > at:
+                yield at, low
+            at = high
+        if at < end:
+            yield at, end
+
+    def _record_tasks(self) -> Iterator[Callable[[], list[tuple[int, bytes | memoryview]]]]:
+        index = self._index
+        written = index.rows["op"] == fmt.Op.WRITE
+        rank = np.empty(len(index.rows), np.int64)
+        rank[np.lexsort((index.rows["position"], index.sources))] = np.arange(len(index.rows))
+        chosen = np.flatnonzero(written[index.owners] & (index.starts < self.size))
+        chosen = chosen[np.argsort(rank[index.owners[chosen]], kind="stable")]
+        sizes = np.cumsum(index.ends[chosen] - index.starts[chosen])
+        borders = np.flatnonzero(np.diff(sizes // _TASK_BYTES, append=-1)) + 1
+        for first, last in pairwise([0, *borders.tolist()]):
+            yield partial(self._record_parts, chosen[first:last])
+
+    def _record_parts(self, extents: NDArray[np.int64]) -> list[tuple[int, bytes | memoryview]]:
+        index = self._index
+        starts, owners = index.starts[extents].tolist(), index.owners[extents]
+        ends = np.minimum(index.ends[extents], self.size).tolist()
+        rows = index.rows[owners].tolist()
+        sources = index.sources[owners].tolist()
+        parts: list[tuple[int, bytes | memoryview]] = []
+        last_seq, payload = -1, memoryview(b"")
+        for start, end, source, (seq, _, offset, position, xxh3, length, *_) in zip(starts, ends, sources, rows, strict=True):
+            if seq != last_seq:
+                origin = self._origins[source]
+                payload = memoryview(origin.records.payload(origin.source, origin.disk, seq, position, length, xxh3))
+                last_seq = seq
+            parts.append((start, payload[start - offset : end - offset]))
+        return parts
+
+    @property
+    def data_bytes(self) -> int:
+        """How many bytes ``data`` yields."""
+        return sum(extent.length for extent in self.extents() if not extent.zero)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Extents that cover a range (default: the disk) in order, neighbours of one kind joined."""

@@ -7,6 +7,7 @@ or payload that was whole once: a later batch of the same run is valid in the sa
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -88,7 +89,11 @@ def verify(paths: Iterable[Path]) -> Iterator[SegmentReport]:
     Consecutive segments of a run are checked against each other; of a directory also its ``head.json`` and ``runs/``.
     """
     paths = list(paths)
-    checked = [_verify_segment(path) for path in journal_paths(paths)]
+    checked = []
+    for path in journal_paths(paths):
+        # A living capture may recycle a segment between the listing and the opening.
+        with contextlib.suppress(FileNotFoundError):
+            checked.append(_verify_segment(path))
     reports = [report for report, _ in checked]
     for i, (report, tail) in enumerate(checked):
         if tail is not None and all(other.run != report.run for other in reports[i + 1 :]):

@@ -1,0 +1,117 @@
+"""``vmrewind restore``."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vmrewind.cli.progress import byte_progress
+from vmrewind.errors import UsageError, VmStateError
+from vmrewind.history.history import History
+from vmrewind.history.moments import FORMS, format_time
+from vmrewind.history.resolve import resolve
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import Position
+from vmrewind.recover.in_place import pending, restore_in_place
+from vmrewind.recover.restore import Restored
+from vmrewind.recover.restore import restore as restore_to_files
+from vmrewind.start.processes import running
+from vmrewind.start.resolve import VmHandle, open_vm
+
+
+def restore(
+    vm: Annotated[str, Parameter(help="The VM: its TOML file, or its name.")],
+    /,
+    *,
+    at: Annotated[str | None, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}.")] = None,
+    output: Annotated[Path | None, Parameter(help="Write the disks as files into this directory.")] = None,
+    in_place: Annotated[bool, Parameter(negative="", help="Make the stopped VM's own images what they were.")] = False,
+    disk: Annotated[list[str] | None, Parameter(negative="", help="Only this disk (may be repeated).")] = None,
+    branch: Annotated[
+        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
+) -> None:
+    """Restore a VM's disks, all at one moment, to files or in place."""
+    if (output is None) == (not in_place):
+        raise UsageError("say where to restore to", "give either --output DIR or --in-place")
+    handle = open_vm(vm)
+    if in_place and running(handle.paths):
+        raise VmStateError(f"{handle.name} is running", "stop it first, or restore to files with --output DIR")
+    with handle.history() as history:
+        if history.problem is not None:
+            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        chosen = history.branch(branch)
+        targets = _chosen_disks(handle.name, disk, chosen.targets)
+        position = _position(handle, history, at, branch, targets, in_place=in_place)
+        if not json:
+            print(
+                f"{handle.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}): "
+                f"restoring {', '.join(targets)}",
+                flush=True,
+            )
+        with byte_progress(quiet=json) as update:
+            if output is not None:
+                restored = restore_to_files(history, targets, position, output, update)
+            else:
+                images = _images(handle, history, position, targets)
+                restored = restore_in_place(history, images, position, handle.journal, update)
+    _tell(restored, json=json)
+
+
+def _chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
+    for target in wanted or ():
+        if target not in known:
+            raise UsageError(f"{name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
+    return [target for target in known if wanted is None or target in wanted]
+
+
+def _position(
+    handle: VmHandle, history: History, at: str | None, branch: str | None, targets: list[str], *, in_place: bool
+) -> Position:
+    if at is not None:
+        return resolve(history, history.branch(branch), at, targets)
+    begun = pending(handle.journal) if in_place else None
+    if begun is None:
+        raise UsageError("--at is missing", f"give the moment to restore to: {FORMS}")
+    return begun[0]
+
+
+def _images(handle: VmHandle, history: History, position: Position, targets: list[str]) -> dict[str, Path]:
+    """Where each disk's image is now: as configured, else as the run at that moment had it."""
+    configured = {disk.target: disk.image for disk in handle.config.protection.disk} if handle.config is not None else {}
+    recorded = {disk.target: disk.image for disk in history.runs[position.run].disks}
+    return {target: Path(configured.get(target) or recorded[target]) for target in targets}
+
+
+def _tell(restored: Restored, *, json: bool) -> None:
+    position = restored.position
+    if json:
+        described = {
+            "vm": restored.vm,
+            "run": run_name(position.run),
+            "seq": position.seq,
+            "time": datetime.fromtimestamp(position.time_ns / 1e9, UTC).isoformat(timespec="microseconds"),
+            "time_ns": position.time_ns,
+            "disks": {
+                disk.target: {
+                    "path": str(disk.path),
+                    "format": disk.format,
+                    "size_bytes": disk.size_bytes,
+                    "written_bytes": disk.written_bytes,
+                    "base": disk.base,
+                    "backing": disk.backing,
+                }
+                for disk in restored.disks
+            },
+        }
+        print(json_module.dumps(described))
+        return
+    for disk in restored.disks:
+        backing = f", on top of {disk.backing}" if disk.backing else ""
+        print(f"{disk.target}: {disk.path} ({disk.size_bytes} bytes, {disk.written_bytes} written, base {disk.base}{backing})")

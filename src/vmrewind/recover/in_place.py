@@ -1,0 +1,182 @@
+"""Restoring a stopped VM's own images, so that an interruption at any point is noticed and can be completed.
+
+Order: everything is read and verified once, without changing anything; an intent is written durably; ``head.json``, by which a
+start recognises the images, is removed; blocks that differ are written; the images are synced; a new head is written; the intent is
+removed. A start refuses while the intent is there, and doing the same restore again completes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from vmrewind.capture.image import Image
+from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmStateError
+from vmrewind.history.history import History
+from vmrewind.history.view import View
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, sync_directory, write_durably
+from vmrewind.recover.blocks import differing_runs
+from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
+
+_STEP: Final = 4 << 20
+
+
+def pending(journal: Path) -> tuple[Position, list[str]] | None:
+    """(position, targets) of a restore in place that was begun and not completed, None if there is none."""
+    path = journal / RESTORE_PENDING
+    try:
+        plain: dict[str, Any] = json.loads(path.read_bytes())
+        return Position(int(plain["run"], 16), plain["seq"], plain["time_ns"]), list(plain["disks"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptionError(
+            f"{path}: not a restore's intent: {error!r}", "restore all disks in place, after removing it"
+        ) from error
+
+
+def restore_in_place(
+    history: History, images: Mapping[str, Path], position: Position, journal: Path, progress: Progress
+) -> Restored:
+    """Make the images (by target) what they were at a position; only blocks that differ are written.
+
+    The VM must be stopped. Raises VmStateError if a capture lives, or if an interrupted restore concerned other disks as
+    well; ImageError if an image is in use or of another size; SpaceError; and what the views raise, before anything is changed.
+    """
+    with _stopped(journal), ExitStack() as opened:
+        begun = pending(journal)
+        if begun is not None and (others := set(begun[1]) - set(images)):
+            names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
+            raise VmStateError(
+                f"{history.name}: an interrupted restore in place left {', '.join(sorted(others))} half restored", f"add {names}"
+            )
+        jobs = []
+        for target, path in images.items():
+            view = View.open(history, target, position)
+            image = Image(view.disk.index, target, str(path), "raw")
+            opened.callback(image.close)
+            if image.size != view.size:
+                raise ImageError(
+                    f"{path}: {image.size} bytes, but disk {target} had {view.size} bytes then",
+                    "restore it to a file with --output",
+                )
+            jobs.append(_Job(view, image, progress))
+        for job in jobs:
+            job.compare()
+        _declare(journal, position, list(images))
+        for job in jobs:
+            with _naming(job.image):
+                job.write()
+        head = Head(position, {job.view.disk.target: job.image.identity() for job in jobs})
+        write_durably(journal / "head.json", head.to_json())
+        (journal / RESTORE_PENDING).unlink()
+        sync_directory(journal)
+        return Restored(history.name, position, [job.restored for job in jobs])
+
+
+@contextmanager
+def _stopped(journal: Path) -> Iterator[None]:
+    """Keep captures off the journal meanwhile, by the lock that a capture holds as long as it lives."""
+    try:
+        fd = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{journal}: this host has no journal of the VM, so its images cannot be restored in place", "use --output DIR"
+        ) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise VmStateError(f"{journal}: the VM is running", "stop it first, or restore to a file with --output") from error
+        yield
+    finally:
+        os.close(fd)
+
+
+def _declare(journal: Path, position: Position, targets: Sequence[str]) -> None:
+    intent = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns, "disks": list(targets)}
+    write_durably(journal / RESTORE_PENDING, json.dumps(intent).encode() + b"\n")
+    (journal / "head.json").unlink(missing_ok=True)
+    sync_directory(journal)
+
+
+@contextmanager
+def _naming(image: Image) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hint = "put that right, then run the same restore again: the image is half restored"
+        if error.errno in NO_SPACE:
+            raise SpaceError(f"{image.path}: no space left while it was restored", hint) from error
+        raise ImageError(f"{image.path}: cannot be written: {error.strerror}", hint) from error
+
+
+class _Job:
+    """One disk: first compared with its view from end to end, then written where it differs."""
+
+    def __init__(self, view: View, image: Image, progress: Progress) -> None:
+        self.view = view
+        self.image = image
+        self._progress = progress
+        self._differing: list[tuple[int, int]] = []
+        self._written = 0
+
+    @property
+    def restored(self) -> RestoredDisk:
+        """The report."""
+        disk = self.view.disk
+        return RestoredDisk(
+            disk.target, Path(self.image.path), disk.format, self.view.size, self._written, self.view.base_id, disk.backing
+        )
+
+    def compare(self) -> None:
+        """Read and verify the whole view, and note the steps in which the image differs. Changes nothing."""
+        target, size = f"{self.view.disk.target} (compare)", self.view.size
+        done = 0
+        differing: set[int] = set()
+        self._progress(target, 0, size)
+        for offset, data in self.view.data():
+            if os.pread(self.image.fd, len(data), offset) != bytes(data):
+                differing.update(range(offset // _STEP, (offset + len(data) - 1) // _STEP + 1))
+            done += len(data)
+            self._progress(target, done, size)
+        for extent in self.view.extents():
+            if extent.zero:
+                differing.update(self._nonzero_steps(extent.offset, extent.length))
+                done += extent.length
+                self._progress(target, done, size)
+        self._differing = [(n * _STEP, min((n + 1) * _STEP, size)) for n in sorted(differing)]
+
+    def _nonzero_steps(self, offset: int, length: int) -> Iterator[int]:
+        """The steps in which the image has something other than zeroes within a range."""
+        at = offset
+        for part, is_data in self.image.allocation(offset, length):
+            end = at + part
+            while at < end:
+                stop = min((at // _STEP + 1) * _STEP, end)
+                if is_data and os.pread(self.image.fd, stop - at, at) != bytes(stop - at):
+                    yield at // _STEP
+                at = stop
+
+    def write(self) -> None:
+        """Write what differs, and sync; raises OSError."""
+        total = sum(end - start for start, end in self._differing)
+        done = 0
+        for start, end in self._differing:
+            wanted = self.view.read(start, end - start)
+            found = os.pread(self.image.fd, end - start, start)
+            for low, high, zero in differing_runs(start, wanted, found):
+                if zero:
+                    self.image.zero(start + low, high - low, keep_allocated=False)
+                else:
+                    self.image.write(wanted[low:high], start + low)
+                self._written += high - low
+            done += end - start
+            self._progress(self.view.disk.target, done, total)
+        os.fsync(self.image.fd)

@@ -1,0 +1,140 @@
+"""Restoring disks to files: every disk of one position, sparse, under their names only when all are whole and durable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmrewind.errors import ImageError, SpaceError, UsageError
+from vmrewind.history.history import History
+from vmrewind.history.view import View
+from vmrewind.journal.runs import Position, sync_directory
+from vmrewind.recover.blocks import nonzero_runs
+
+Progress = Callable[[str, int, int], None]
+"""Called with (target, bytes done, bytes in total)."""
+
+NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredDisk:
+    """One restored disk. ``size_bytes`` is the disk's, ``written_bytes`` what had to be written; ``backing`` names a qcow2
+    file's backing file, which the restored file goes on referring to."""
+
+    target: str
+    path: Path
+    format: str
+    size_bytes: int
+    written_bytes: int
+    base: str
+    backing: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore made, named exactly."""
+
+    vm: str
+    position: Position
+    disks: Sequence[RestoredDisk]
+
+
+def restore(history: History, targets: Sequence[str], position: Position, output: Path, progress: Progress) -> Restored:
+    """Write the disks as ``<target>.raw`` or ``<target>.qcow2`` (the bytes of the export) into the directory ``output``.
+
+    Raises UsageError if a file of that name exists, SpaceError, ImageError, and what the views raise; nothing is left then.
+    """
+    views = [View.open(history, target, position) for target in targets]
+    output = output.absolute()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{output}: cannot be made a directory: {error.strerror}", "name another --output") from error
+    paths = [output / f"{view.disk.target}.{'qcow2' if view.disk.format == 'qcow2' else 'raw'}" for view in views]
+    _refuse_existing(paths)
+    disks: list[RestoredDisk] = []
+    with ExitStack() as temporaries:
+        files: list[Path] = []
+        for view, path in zip(views, paths, strict=True):
+            temporary, fd = temporaries.enter_context(_temporary(path))
+            with _naming(path):
+                written = _fill(view, fd, progress)
+                os.fsync(fd)
+            files.append(temporary)
+            disk = view.disk
+            disks.append(RestoredDisk(disk.target, path, disk.format, view.size, written, view.base_id, disk.backing))
+        _refuse_existing(paths)
+        for temporary, path in zip(files, paths, strict=True):
+            temporary.rename(path)
+        sync_directory(output)
+    return Restored(history.name, position, disks)
+
+
+def _refuse_existing(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.exists() or path.is_symlink():
+            raise UsageError(f"{path} exists; nothing is overwritten", "move it away, or name another --output")
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, int]]:
+    """A file beside ``path`` to write to, removed unless it was renamed. What a killed restore left is taken over."""
+    temporary = path.with_name(f".{path.name}.restoring")
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be written: {error.strerror}", "name another --output") from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{path}: another restore is writing it", "wait for it, or name another --output") from error
+        os.ftruncate(fd, 0)
+        try:
+            yield temporary, fd
+        finally:
+            temporary.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn the errors of writing into errors that name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise SpaceError(f"{path}: no space left to restore to", "free space there, or name another --output") from error
+        raise ImageError(f"{path}: cannot be written: {error.strerror}", "name another --output") from error
+
+
+def _fill(view: View, fd: int, progress: Progress) -> int:
+    """Write a view into an empty file, leaving holes for zeroes; returns the bytes written."""
+    os.ftruncate(fd, view.size)
+    total, done, written = view.data_bytes, 0, 0
+    progress(view.disk.target, 0, total)
+    for offset, data in view.data():
+        block = memoryview(data)
+        for start, end in nonzero_runs(offset, block):
+            written += write_all(fd, block[start:end], offset + start)
+        done += len(data)
+        progress(view.disk.target, done, total)
+    return written
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """Write all of ``data``; returns its length."""
+    view = memoryview(data)
+    written = 0
+    while written < len(view):
+        written += os.pwrite(fd, view[written:], offset + written)
+    return written
