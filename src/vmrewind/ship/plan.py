@@ -80,7 +80,8 @@ def _entries(info: RunInfo, targets: set[str], cut: int | None, coverage: Covera
     bounds |= {last + 1 for ranges in missing.values() for _, last in ranges if last is not None}
     ordered = sorted(bounds)
     entries = []
-    for first, following in zip(ordered, [*ordered[1:], None], strict=True):
+    for i, first in enumerate(ordered):
+        following = ordered[i + 1] if i + 1 < len(ordered) else None
         disks = [disk for disk, ranges in missing.items() if any(a <= first and (b is None or first <= b) for a, b in ranges)]
         if disks:
             mask = sum(1 << disk.index for disk in disks)

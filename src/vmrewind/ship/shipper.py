@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmrewind.errors import ConfigError, CorruptionError
+from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RunInfo, local_runs, run_path
 from vmrewind.repository.repository import Repository, VmRepository
@@ -170,7 +170,7 @@ class Shipper:
             config = VmConfig.load_saved(path)
         except FileNotFoundError:
             return
-        except ConfigError as error:
+        except VmrewindError as error:
             # The records are worth more than the configuration: they go on without it.
             print(f"ship: the configuration is not shipped: {error}", file=sys.stderr, flush=True)  # noqa: T201
             return
