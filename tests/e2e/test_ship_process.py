@@ -51,9 +51,12 @@ class Ship:
         return self.process
 
     def carry(self, *disks: str) -> None:
-        path = self.state / "ship.json"
-        path.with_suffix(".tmp").write_text(json.dumps({"disks": disks}))
-        path.with_suffix(".tmp").replace(path)
+        self.tell(json.dumps({"disks": disks}))
+
+    def tell(self, text: str) -> None:
+        temporary = self.state / "ship.json.tmp"
+        temporary.write_text(text)
+        temporary.replace(self.state / "ship.json")
 
     def stop(self) -> int:
         assert self.process is not None
@@ -206,7 +209,7 @@ def test_nonsense_in_the_instructions_changes_nothing(ship: Ship) -> None:
     ship.start()
     until(lambda: ship.state_is("shipping"))
     for count, text in enumerate(('{"disks": "vda"}', "[1]", "{"), 1):
-        (ship.state / "ship.json").write_text(text)
+        ship.tell(text)
         until(lambda count=count: ship.said().count("going on as before") == count)
     written.random_batch(random.Random(1))
     until(lambda: last_covered(ship) == written.truth[-1].seq)
