@@ -98,7 +98,7 @@ def test_records_arrive_within_about_a_second(ship: Ship) -> None:
         written.batch([(fmt.Op.WRITE, 0, b"x" * 4096)])
         begin = time.monotonic()
         until(lambda: last_covered(ship) == written.truth[-1].seq)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 5
     assert shipped(ship.vm, 7, 0) == written.truth
     until(lambda: (found := ship.status()) is not None and found.shipped_seq == written.truth[-1].seq)
     found = ship.status()
