@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,7 +65,7 @@ class MadeHistory:
         self.infos: dict[int, RunInfo] = {}
         self.writer: JournalWriter | None = None
         self.times: dict[int, int] = {}
-        self.recycling: Callable[[object], Recycling] = lambda _: Recycling.NO
+        self.recycling = Recycling.NO
 
     # -- runs
 
@@ -74,7 +74,9 @@ class MadeHistory:
         image = self.directory / f"{target}.image"
         image.write_bytes(self.disk(target).content)
         partial = self.directory / "partial"
-        return make_base(self.repository, target, image, uuid=str(UUID), partial=partial).id
+        manifest = make_base(self.repository, target, image, uuid=str(UUID), partial=partial)
+        write_durably(self.directory / "bases" / target / f"{manifest.id}.json", manifest.to_json())
+        return manifest.id
 
     def start(
         self,
@@ -104,7 +106,7 @@ class MadeHistory:
         write_durably(run_path(self.journal, self.run), self.infos[self.run].to_json())
         (self.journal / "head.json").unlink(missing_ok=True)
         clock = Clock(parent.time_ns if parent is not None else 0, lambda: self.now_ns, lambda: self.now_ns)
-        self.writer = JournalWriter(self.pool, UUID.bytes, self.run, clock, self.recycling, self.next_seq)
+        self.writer = JournalWriter(self.pool, UUID.bytes, self.run, clock, lambda _: self.recycling, self.next_seq)
         self.event(fmt.Event.START, {"vm": VM})
         return self.run
 
@@ -220,8 +222,9 @@ class MadeHistory:
             self.repository.put_run(info)
 
     def open(self, *, local: bool = True, repository: bool = True) -> History:
-        """Open what was made."""
-        return History.open(VM, self.journal if local else None, self.repository if repository else None)
+        """Open what was made, as a host that has the journal, or one that has not."""
+        journal, bases = (self.journal, self.directory / "bases") if local else (None, None)
+        return History.open(VM, journal, self.repository if repository else None, bases=bases)
 
     def segment_paths(self) -> list[Path]:
         return [file.path for file in segment_files(self.journal)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -86,8 +87,11 @@ class RunRecords:
             return None
         if self.local and self.local[-1].damage is not None:
             return f"{self.local[-1].name} is damaged at offset {self.local[-1].end}: {self.local[-1].damage}"
-        last_number = self.local[-1].number if self.local else 0
-        return next((file.message for file in self.broken if file.number > last_number), None)
+        return self._broken_after(self.local[-1] if self.local else None)
+
+    def _broken_after(self, source: LocalSource | None) -> str | None:
+        number = source.number if source is not None else 0
+        return next((file.message for file in self.broken if file.number > number), None)
 
     def holes(self, disk: int, first: int, last: int) -> Iterator[Hole]:
         """What is missing of [first, last] for the disk, in order."""
@@ -108,8 +112,10 @@ class RunRecords:
     def _cause(self, first: int, last: int) -> str:
         which = f"record {first}" if first == last else f"records {first} to {last}"
         which += f" of run {run_name(self.run)}"
-        for source in self.local:
-            if source.last + 1 == first:
+        for source, following in zip_longest(self.local, self.local[1:]):
+            # The next segment tells that this one had more. A lost or unreadable segment in between is another matter.
+            ends_early = following.number == source.number + 1 if following is not None else not self._broken_after(source)
+            if source.last + 1 == first and ends_early:
                 return f"{which}: {source.name} is damaged at offset {source.end}" + (
                     f" ({source.damage})" if source.damage else ""
                 )

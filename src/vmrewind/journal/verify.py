@@ -17,7 +17,7 @@ from typing import Final
 
 import xxhash
 
-from vmrewind.errors import CorruptionError, UsageError
+from vmrewind.errors import CorruptionError, RepositoryError, UsageError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Batch, Segment, records, segment_files
 from vmrewind.journal.runs import local_runs, read_head
@@ -110,7 +110,9 @@ def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
     report = SegmentReport(path)
     try:
         segment = Segment(path)
-    except CorruptionError as error:
+    except (CorruptionError, RepositoryError) as error:
+        if isinstance(error, RepositoryError) and _header_is_whole(path):
+            raise
         report.problems.append(Problem(0, str(error)))
         named = fmt.parse_segment_name(path.name)
         report.run, report.number = named or (0, 0)
@@ -145,6 +147,13 @@ def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
         elif (begun := _begun(segment, report.end, number)) is not None:
             report.torn = begun
     return report, tail
+
+
+def _header_is_whole(path: Path) -> bool:
+    """Whether a header that names a newer format has the checksum that this format would give it."""
+    with open(path, "rb") as file:
+        head = file.read(fmt.SEGMENT.size)
+    return xxhash.xxh3_64_intdigest(head[: fmt.SEGMENT_CHECKED]) == int.from_bytes(head[fmt.SEGMENT_CHECKED :], "little")
 
 
 def _disregard(report: SegmentReport, tail: Batch) -> None:

@@ -1,0 +1,218 @@
+"""Restoring in place: only what differs is written, and whatever interrupts it, it is noticed and can be completed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.history_tools import MadeHistory
+from vmrewind.capture.locks import lock_image
+from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmStateError
+from vmrewind.journal.runs import read_head
+from vmrewind.recover.in_place import pending, restore_in_place
+
+K = 1024
+M = 1 << 20
+
+
+class Stopped(MadeHistory):
+    """A VM that was stopped, with its images."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, {"vda": 12 * M, "vdb": 5 * M}, journal_size=32 << 20)
+        self.disk("vda").content[: 2 * M] = os.urandom(2 * M)
+        self.start()
+        for i in range(12):
+            self.write("vda", i * M, bytes([i + 1]) * 300 * K)
+            self.write("vdb", i * 400 * K, os.urandom(8 * K))
+        self.end = self.stop()
+        self.images = {disk.target: directory / f"{disk.target}.img" for disk in self.disks}
+        for target, path in self.images.items():
+            path.write_bytes(self.disk(target).content)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Stopped:
+    return Stopped(tmp_path)
+
+
+def quiet(target: str, done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def restore(made: Stopped, seq: int, *targets: str) -> int:
+    images = {target: made.images[target] for target in targets or made.images}
+    with made.open() as history:
+        done = restore_in_place(history, images, made.position(seq), made.journal, quiet)
+    return sum(disk.written_bytes for disk in done.disks)
+
+
+def test_images_become_what_they_were_and_the_head_says_so(made: Stopped) -> None:
+    for seq in (5, 1, 20):
+        restore(made, seq)
+        head = read_head(made.journal)
+        assert head is not None
+        assert head.position == made.position(seq)
+        for target, path in made.images.items():
+            assert path.read_bytes() == made.disk(target).states[seq]
+            status = path.stat()
+            identity = head.images[target]
+            assert (identity.size, identity.mtime_ns, identity.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
+        assert pending(made.journal) is None
+
+
+def test_only_what_differs_is_written(made: Stopped) -> None:
+    assert restore(made, made.end.seq) == 0
+    written = restore(made, made.end.seq - 2)
+    assert 0 < written <= 8 * K
+    assert restore(made, made.end.seq - 2) == 0
+
+
+def test_one_disk_alone_leaves_a_head_of_that_disk(made: Stopped) -> None:
+    before = made.images["vdb"].read_bytes()
+    restore(made, 4, "vda")
+    head = read_head(made.journal)
+    assert head is not None
+    assert set(head.images) == {"vda"}
+    assert made.images["vdb"].read_bytes() == before
+
+
+def test_zeroes_become_holes(made: Stopped) -> None:
+    made.images["vda"].write_bytes(b"\xff" * 12 * M)
+    restore(made, 1, "vda")
+    assert made.images["vda"].read_bytes() == made.disk("vda").states[1]
+    assert made.images["vda"].stat().st_blocks * 512 < 3 * M
+
+
+def test_an_image_in_use_is_refused_and_nothing_changes(made: Stopped) -> None:
+    content = {target: path.read_bytes() for target, path in made.images.items()}
+    with open(made.images["vdb"], "r+b") as user:
+        lock_image(user.fileno(), made.images["vdb"])
+        with pytest.raises(ImageError, match="in use"):
+            restore(made, 3)
+    assert {target: path.read_bytes() for target, path in made.images.items()} == content
+    assert read_head(made.journal) is not None
+    assert pending(made.journal) is None
+
+
+def test_a_living_capture_is_refused(made: Stopped) -> None:
+    fd = os.open(made.journal, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with pytest.raises(VmStateError, match="running"):
+            restore(made, 3)
+    finally:
+        os.close(fd)
+
+
+def test_another_size_is_refused(made: Stopped) -> None:
+    os.truncate(made.images["vda"], 13 * M)
+    with pytest.raises(ImageError, match="12582912"):
+        restore(made, 3)
+
+
+def test_without_a_journal_it_is_refused(made: Stopped, tmp_path: Path) -> None:
+    with made.open() as history, pytest.raises(UsageError, match="no journal"):
+        restore_in_place(history, made.images, made.position(3), tmp_path / "none", quiet)
+
+
+def test_damage_is_found_before_anything_changes(made: Stopped) -> None:
+    chunk = next(path for path in (made.repository_path / "chunks").rglob("*") if path.is_file())
+    data = bytearray(chunk.read_bytes())
+    data[-1] ^= 1
+    chunk.chmod(0o600)
+    chunk.write_bytes(data)
+    content = made.images["vda"].read_bytes()
+    with pytest.raises(CorruptionError):
+        restore(made, 2)
+    assert made.images["vda"].read_bytes() == content
+    assert read_head(made.journal) is not None
+    assert pending(made.journal) is None
+
+
+_RESTORE = """
+import os, sys, json
+from pathlib import Path
+from vmrewind.history.history import History
+from vmrewind.journal.runs import Position
+from vmrewind.recover.in_place import restore_in_place
+from vmrewind.repository.repository import Repository
+arguments = json.loads(sys.argv[1])
+left = arguments["writes"]
+for name in ("pwrite", "unlink", "replace", "fsync"):
+    def counted(*given, real=getattr(os, name), **more):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return real(*given, **more)
+    setattr(os, name, counted)
+with History.open("web01", Path(arguments["journal"]), Repository.open(arguments["repository"]).vm("web01")) as history:
+    images = {target: Path(path) for target, path in arguments["images"].items()}
+    restore_in_place(history, images, Position(*arguments["position"]), Path(arguments["journal"]), lambda *_: None)
+"""
+
+
+def test_killed_at_any_step_it_is_noticed_and_completed_by_running_it_again(made: Stopped) -> None:
+    position = made.position(6)
+    wanted = {target: made.disk(target).states[6] for target in made.images}
+    original = {target: path.read_bytes() for target, path in made.images.items()}
+    head = (made.journal / "head.json").read_bytes()
+    states = set()
+    for writes in range(200):
+        arguments = {
+            "journal": str(made.journal),
+            "repository": str(made.repository_path),
+            "images": {target: str(path) for target, path in made.images.items()},
+            "position": [position.run, position.seq, position.time_ns],
+            "writes": writes,
+        }
+        child = subprocess.run([sys.executable, "-c", _RESTORE, json.dumps(arguments)], check=False, timeout=60)
+        content = {target: path.read_bytes() for target, path in made.images.items()}
+        begun, known = pending(made.journal), read_head(made.journal)
+        if child.returncode == 0:
+            assert writes > 8, "the kill never came"
+            break
+        assert child.returncode == -signal.SIGKILL
+        # Whatever a start would believe is true: a head that fits, or an intent that makes it refuse.
+        if begun is None:
+            assert known is not None
+            assert content == (wanted if known.position == position else original)
+        states.add((begun is None, known is None, content == original, content == wanted))
+        if begun is not None:
+            assert begun == (position, ["vda", "vdb"])
+            with pytest.raises(VmStateError, match="vdb"):
+                restore(made, 6, "vda")
+        restore(made, 6)
+        assert {target: path.read_bytes() for target, path in made.images.items()} == wanted
+        assert pending(made.journal) is None
+        for target, path in made.images.items():
+            path.write_bytes(original[target])
+        (made.journal / "head.json").write_bytes(head)
+    else:
+        pytest.fail("it never ended")
+    assert len(states) >= 4, f"the kills met too few different states: {states}"
+
+
+def test_no_space_says_that_the_image_is_half_restored(made: Stopped, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(SpaceError) as caught:
+        restore(made, 2)
+    assert "again" in caught.value.hint
+    monkeypatch.undo()
+    begun = pending(made.journal)
+    assert begun is not None
+    restore(made, 2)
+    assert made.images["vda"].read_bytes() == made.disk("vda").states[2]
