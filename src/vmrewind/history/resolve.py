@@ -31,12 +31,13 @@ class _Resolver:
         self._history = history
         self._branch = branch
         self._targets = targets
-        self._now_ns = current_ns
         self._coverages = [history.coverage(target, branch) for target in targets]
         for coverage in self._coverages:
             if not coverage.intervals:
                 cause = coverage.gaps[-1].cause if coverage.gaps else "nothing was recorded yet"
                 raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", self._branches())
+        # After a step back of the wall clock the journal's time is ahead of it for a while.
+        self._now_ns = max(current_ns, *(coverage.intervals[-1].last.time_ns for coverage in self._coverages))
 
     def resolve(self, moment: Moment, text: str) -> Position:
         match moment:
