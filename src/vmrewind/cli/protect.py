@@ -15,11 +15,12 @@ from rich.console import Console
 from vmrewind.errors import ImageError, LibvirtError, UsageError
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository
-from vmrewind.start.hook_script import Installed, install
+from vmrewind.start.hook_script import Installed, install, reload_daemons
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.vmconfig.domain import parse_domain
 from vmrewind.vmconfig.model import DiskConfig, Invalid, JournalFullPolicy, ShipMode, parse_size
 from vmrewind.vmconfig.rewrite import Rewritten, protect_domain
+from vmrewind.vmconfig.xml import has_protection
 
 
 def protect(
@@ -45,10 +46,10 @@ def protect(
         found = libvirt.domain(domain)
         found.require_stopped()
         before = found.inactive_xml
+        if not disk and not has_protection(before):
+            raise UsageError(f"{domain}: no disk is named", "name each disk to protect: --disk vda (virsh domblklist shows them)")
         reconnect = libvirt.knows_reconnect
         after = protect_domain(before, disk or [], socket=str(VmPaths(domain).nbd_socket), reconnect=reconnect, changes=changes)
-        if not after.protection.disk:
-            raise UsageError(f"{domain}: no disk is named", "name each disk to protect: --disk vda (virsh domblklist shows them)")
         assert after.protection.repository is not None
         Repository.open(after.protection.repository)
         for config in after.protection.disk:
@@ -63,10 +64,14 @@ def protect(
                 "report this with the libvirt version (virsh version) and the domain's XML",
             )
         snapshots = found.snapshots
+        # last: a reload reads every domain's XML again, and what is defined while it runs may be lost
+        reloaded = reload_daemons() if hook.fresh else ()
     if json:
         sys.stdout.write(jsonlib.dumps(_report(domain, after, hook, reconnect)) + "\n")
         return
     _tell(Console(), domain, after, hook, reconnect, snapshots)
+    if hook.fresh and not reloaded:
+        Console().print("  libvirt looks for hooks when it starts: restart its daemon once.", highlight=False)
 
 
 def check_image(disk: DiskConfig) -> None:
@@ -112,7 +117,7 @@ def _report(domain: str, after: Rewritten, hook: Installed, reconnect: bool) -> 
         "added": list(after.added),
         "repository": after.protection.repository,
         "ship": after.protection.ship,
-        "hook": {"path": str(hook.path), "changed": hook.changed, "reloaded": list(hook.reloaded)},
+        "hook": {"path": str(hook.path), "installed": hook.changed},
         "reconnect": reconnect,
     }
 
@@ -128,8 +133,6 @@ def _tell(console: Console, domain: str, after: Rewritten, hook: Installed, reco
     line(f"  repository {after.protection.repository}, shipping {after.protection.ship}")
     if hook.changed:
         line(f"Installed libvirt's hook {hook.path}.")
-        if not hook.reloaded:
-            line("  libvirt looks for hooks when it starts: restart libvirtd (or virtqemud) if it was not running just now.")
     if not reconnect:
         line("This libvirt is older than 9.2: should the capture die, the VM pauses for a moment until it is back.")
     if snapshots:

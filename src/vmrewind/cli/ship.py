@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.start.finish import finish_shipping
 from vmrewind.start.processes import running
 from vmrewind.start.resolve import open_vm
 from vmrewind.start.wanted import switch
@@ -17,7 +18,7 @@ Json = Annotated[bool, Parameter(negative="", help="Print one JSON object.")]
 
 
 def on(vm: Vm, /, *, disk: Disks = None, json: Json = False) -> None:
-    """Carry the history of disks to the repository, from the VM's start on."""
+    """Carry the history of disks to the repository, from the VM's start on. For a stopped VM: carry what its journal holds."""
     _switch(vm, disk or [], on=True, json=json)
 
 
@@ -32,8 +33,12 @@ def _switch(vm: str, disks: list[str], *, on: bool, json: bool) -> None:
     wanted = switch(handle.paths, known, disks, on=on)
     alive = running(handle.paths) is not None
     if json:
+        if on and wanted and not alive:
+            finish_shipping(handle)
         print(json_module.dumps({"vm": handle.name, "shipping": wanted, "running": alive}))
         return
     print(f"{handle.name}: shipping {', '.join(wanted) if wanted else 'nothing'}")
-    if not alive:
-        print("the VM is not running; its next start sets this anew from the configuration (ship = auto or on-demand)")
+    if on and wanted and not alive:
+        print(f"{handle.name} is not running: carrying what its journal holds")
+        finish_shipping(handle)
+        print("the repository has everything")

@@ -13,6 +13,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.start.hook import stop_keeper
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.vmconfig.rewrite import unprotect_domain
+from vmrewind.vmconfig.xml import has_protection
 
 
 def unprotect(
@@ -26,7 +27,7 @@ def unprotect(
     with Libvirt(connect) as libvirt:
         found = libvirt.domain(domain)
         xml = found.inactive_xml
-        protected = b"urn:vmrewind:protection:" in xml
+        protected = has_protection(xml)
         after = unprotect_domain(xml)
         if protected:
             found.require_stopped()

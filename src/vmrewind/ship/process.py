@@ -39,8 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repository", required=True, help="the repository's URL")
     parser.add_argument("--state", required=True, type=Path, help="the VM's state directory, with ship.json and config.json")
     parser.add_argument("--runtime", required=True, type=Path, help="the VM's runtime directory, for the report")
+    parser.add_argument("--finish", action="store_true", help="carry what is there, however long it takes, and end")
     given = parser.parse_args(arguments)
-    return _Process(given.vm, given.journal, given.repository, given.state, given.runtime).run()
+    process = _Process(given.vm, given.journal, given.repository, given.state, given.runtime)
+    return process.finish() if given.finish else process.run()
 
 
 class _Process:
@@ -68,9 +70,14 @@ class _Process:
             while locked and not self._stopping:
                 self._wait(self._turn())
             if locked:
-                self._drain()
+                self._drain(time.monotonic() + FINISH_SECONDS)
                 self._reporter.remove()
         return 0
+
+    def finish(self) -> int:
+        """Carry what is there and end: 0 if the repository then has everything, else 1."""
+        with self._lock() as locked:
+            return 0 if locked and self._drain(deadline=float("inf")) else 1
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -137,18 +144,20 @@ class _Process:
         self._shipper = None
         self._error, self._retry_at, self._retry_seconds = "", 0.0, 0.0
 
-    def _drain(self) -> None:
+    def _drain(self, deadline: float) -> bool:
+        """Carry what is there until ``deadline`` (monotonic seconds); False if something is left."""
         disks = self._instructions.disks()
         if not disks:
-            return
-        deadline = time.monotonic() + FINISH_SECONDS
+            return True
         try:
             while self._ready().step(disks, hurry=True) == 0.0:
                 if time.monotonic() >= deadline:
                     self._say("told to stop with records unsent; they follow at the VM's next start")
-                    return
+                    return False
         except (VmrewindError, OSError) as error:
             self._say(f"told to stop with records unsent, they follow at the VM's next start: {_words(error)}")
+            return False
+        return True
 
     def _failed(self, error: VmrewindError | OSError) -> None:
         if not self._error:

@@ -22,6 +22,7 @@ from vmrewind.vmconfig.model import VmConfig
 
 SOCKET_PATH_BYTES_MAX: Final = 107
 _BACKLOG: Final = 64
+CLEAN: Final = "exit code 0"
 # With 20 protected VMs on a host, each process's own arenas would cost more than its work.
 _ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -56,14 +57,15 @@ def listen(path: Path, owner: tuple[int, int] | None) -> socket.socket:
 class CaptureChild:
     """One capture process. ``create`` gives it its storage space, ``assign`` its disks; then it serves."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, log: Path) -> None:
         self._process = process
+        self._log = log
 
     @classmethod
     async def create(cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = ()) -> CaptureChild:
         """Start the process and wait until its storage space is allotted; raises what it reports."""
         command = [sys.executable, "-m", "vmrewind.capture", "--journal", str(journal), "--journal-size", str(journal_size)]
-        child = cls(await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit))
+        child = cls(await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit), paths.log)
         try:
             await child._expect("allotted")
         except BaseException:
@@ -87,7 +89,9 @@ class CaptureChild:
         line = await self._process.stdout.readline()
         if not line:
             code = await self._process.wait()
-            raise StartError(f"the capture process ended ({_ending(code)}) before it was {event}", "its stderr is in the VM's log")
+            raise StartError(
+                f"the capture process ended ({_ending(code)}) before it was {event}", f"what it said last is in {self._log}"
+            )
         message: dict[str, Any] = json.loads(line)
         if message["event"] == "error":
             await self._process.wait()
@@ -118,6 +122,13 @@ class CaptureChild:
         await self._process.wait()
 
 
+def ship_command(paths: VmPaths, journal: Path, repository: str, *, finish: bool) -> list[str]:
+    """The command line of a ship process."""
+    command = [sys.executable, "-m", "vmrewind.ship", "--vm", paths.name, "--journal", str(journal)]
+    command += ["--repository", repository, "--state", str(paths.state), "--runtime", str(paths.runtime)]
+    return [*command, "--finish"] if finish else command
+
+
 class ShipChild:
     """One ship process: idle until ``ship.json`` names disks."""
 
@@ -125,10 +136,9 @@ class ShipChild:
         self._process = process
 
     @classmethod
-    async def create(cls, paths: VmPaths, journal: Path, repository: str) -> ShipChild:
-        """Start the process."""
-        command = [sys.executable, "-m", "vmrewind.ship", "--vm", paths.name, "--journal", str(journal)]
-        command += ["--repository", repository, "--state", str(paths.state), "--runtime", str(paths.runtime)]
+    async def create(cls, paths: VmPaths, journal: Path, repository: str, *, finish: bool = False) -> ShipChild:
+        """Start the process; with ``finish`` it carries what is there and ends."""
+        command = ship_command(paths, journal, repository, finish=finish)
         return cls(await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL))
 
     @property

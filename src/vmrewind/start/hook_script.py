@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,9 @@ HOOKS_DIRECTORY_VARIABLE: Final = "VMREWIND_LIBVIRT_HOOKS"
 DROP_IN_SINCE: Final = 6_005_000
 """libvirt 6.5.0 is the first that runs every script of ``hooks/qemu.d``; before, there is one script, ``hooks/qemu``."""
 MARK: Final = "# vmrewind: libvirt hook"
+RELOAD_THREAD: Final = "daemon-reload"
+RELOAD_BEGINS_SECONDS: Final = 0.5
+RELOAD_SECONDS_MAX: Final = 30
 DAEMONS: Final = {"libvirtd": Path("/run/libvirtd.pid"), "virtqemud": Path("/run/virtqemud.pid")}
 
 _SCRIPT: Final = """\
@@ -47,11 +51,11 @@ printf '%s\\n' "$xml" | {python} -P -m vmrewind.start.hook "$@"
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """Where the script is, whether it was written just now, and which daemons were told to look for it."""
+    """Where the script is, whether it was written just now, and whether there was none before."""
 
     path: Path
     changed: bool
-    reloaded: tuple[str, ...]
+    fresh: bool
 
 
 def script() -> bytes:
@@ -76,7 +80,7 @@ def hooks_directory() -> Path:
 
 
 def install(libvirt_version: int) -> Installed:
-    """Put the script in place if it is not there yet, and make the daemon look. Raises LibvirtError."""
+    """Put the script in place if it is not there yet. A fresh one needs ``reload_daemons``. Raises LibvirtError."""
     path = hook_path(libvirt_version)
     wanted = script()
     try:
@@ -87,7 +91,7 @@ def install(libvirt_version: int) -> Installed:
                 "move what it does elsewhere, or update libvirt: from 6.5 on it runs every script of hooks/qemu.d",
             )
         if found == wanted and os.access(path, os.X_OK):
-            return Installed(path, changed=False, reloaded=())
+            return Installed(path, changed=False, fresh=False)
         # made complete outside of qemu.d, where libvirt would run it half done
         fresh = hooks_directory() / ".vmrewind.new"
         write_durably(fresh, wanted)
@@ -97,12 +101,14 @@ def install(libvirt_version: int) -> Installed:
         sync_directory(path.parent)
     except OSError as error:
         raise LibvirtError(f"{path}: the hook script cannot be written: {error.strerror}", "are you root?") from error
-    # libvirt looks for hook scripts when it starts and when it is told to reload, not when it runs them
-    return Installed(path, changed=True, reloaded=reload_daemons() if found is None else ())
+    return Installed(path, changed=True, fresh=found is None)
 
 
 def reload_daemons() -> tuple[str, ...]:
-    """Make libvirt's running daemons re-read their configuration; returns the names of those that were told."""
+    """Make libvirt's running daemons look for hook scripts, which they do at their start and when told to reload.
+
+    Waits until they have reloaded; returns the names of those that were told.
+    """
     told: list[str] = []
     for name, pid_file in DAEMONS.items():
         with contextlib.suppress(OSError, ValueError):
@@ -110,4 +116,25 @@ def reload_daemons() -> tuple[str, ...]:
             if Path(f"/proc/{pid}/comm").read_text().strip() == name:
                 os.kill(pid, signal.SIGHUP)
                 told.append(name)
+                _wait_for_reload(pid)
     return tuple(told)
+
+
+def _wait_for_reload(pid: int) -> None:
+    """The daemon reloads in a thread of its own, which comes soon after the signal and goes when all is read."""
+    began = time.monotonic()
+    seen = False
+    while time.monotonic() - began < (RELOAD_SECONDS_MAX if seen else RELOAD_BEGINS_SECONDS):
+        reloading = RELOAD_THREAD in _thread_names(pid)
+        if seen and not reloading:
+            return
+        seen = seen or reloading
+        time.sleep(0.001)
+
+
+def _thread_names(pid: int) -> set[str]:
+    names: set[str] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            names.add((task / "comm").read_text().strip())
+    return names

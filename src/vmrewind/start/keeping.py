@@ -25,7 +25,7 @@ from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
-from vmrewind.start.children import CaptureChild, ShipChild, assignment, listen
+from vmrewind.start.children import CLEAN, CaptureChild, ShipChild, assignment, listen
 from vmrewind.start.control import instruct
 from vmrewind.start.plan import Plan, Planner
 from vmrewind.start.processes import Keeping, Process, running
@@ -37,6 +37,7 @@ DEATHS_SECONDS: Final = 60
 """After this many deaths of a child within this time, its next start waits: a child that cannot live must not eat the host."""
 _PATIENCE_SECONDS: Final = 1.0
 _SHIP_RESTART_SECONDS: Final = 0.2
+_SHIP_FINISH_SECONDS: Final = 7.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Keeper:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._qemu_pid: int | None = None
+        self._repository: str | None = None
 
     @property
     def run_name(self) -> str:
@@ -141,6 +143,7 @@ class Keeper:
             auto = config.protection.ship == "auto"
             write_wanted(self.paths, [disk.target for disk in config.protection.disk] if auto else [])
             repository = config.protection.repository
+            self._repository = repository
             self._ship = await self._create_ship(repository)
             self._note()
             self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
@@ -228,12 +231,24 @@ class Keeper:
                 await self._capture.kill()
             else:
                 self.events.write("capture.ended", ending=await self._capture.stop())
-        if self._ship is not None:
-            self.events.write("ship.ended", ending=await self._ship.stop())
+        await self._stop_ship()
         for sock in self._sockets:
             sock.close()
         for path in (self.nbd_socket, self.paths.control_socket, self.paths.keeper):
             path.unlink(missing_ok=True)
+
+    async def _stop_ship(self) -> None:
+        if self._ship is None:
+            return
+        ending = await self._ship.stop()
+        if ending != CLEAN and self._repository is not None:
+            # It was dead already, or too young to be told: another one carries what is left, if that is soon done.
+            self._ship = await ShipChild.create(self.paths, self.storage.journal, self._repository, finish=True)
+            try:
+                ending = await asyncio.wait_for(self._ship.wait(), _SHIP_FINISH_SECONDS)
+            except TimeoutError:
+                ending = await self._ship.stop()
+        self.events.write("ship.ended", ending=ending)
 
 
 async def clear_leftovers(paths: VmPaths) -> None:
