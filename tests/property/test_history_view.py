@@ -94,6 +94,13 @@ def test_every_moment_of_every_disk_equals_the_model(
                         at = data.draw(st.integers(0, view.size - 1))
                         length = data.draw(st.integers(0, view.size - at))
                         assert view.read(at, length) == disk.states[seq][at : at + length]
+                        rebuilt = bytearray(view.size)
+                        yielded = 0
+                        for offset, part in view.data():
+                            rebuilt[offset : offset + len(part)] = part
+                            yielded += len(part)
+                        assert rebuilt == disk.states[seq]
+                        assert yielded == view.data_bytes
                         covered = 0
                         for extent in view.extents():
                             assert extent.offset == covered

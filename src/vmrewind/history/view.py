@@ -70,6 +70,7 @@ class View:
         self._origins = origins
         self._chunks: Lru[bytes] = Lru(_CHUNKS_BYTES_MAX, len)
         self._payloads: Lru[bytes] = Lru(_PAYLOADS_BYTES_MAX, len)
+        self._is_written = index.rows["op"] == fmt.Op.WRITE
         self.disk = info
         self.size = info.size
         self.position = position
@@ -164,10 +165,9 @@ class View:
 
     def _record_tasks(self) -> Iterator[Callable[[], list[tuple[int, bytes | memoryview]]]]:
         index = self._index
-        written = index.rows["op"] == fmt.Op.WRITE
         rank = np.empty(len(index.rows), np.int64)
         rank[np.lexsort((index.rows["position"], index.sources))] = np.arange(len(index.rows))
-        chosen = np.flatnonzero(written[index.owners] & (index.starts < self.size))
+        chosen = np.flatnonzero(self._is_written[index.owners] & (index.starts < self.size))
         chosen = chosen[np.argsort(rank[index.owners[chosen]], kind="stable")]
         sizes = np.cumsum(index.ends[chosen] - index.starts[chosen])
         borders = np.flatnonzero(np.diff(sizes // _TASK_BYTES, append=-1)) + 1
@@ -193,7 +193,22 @@ class View:
     @property
     def data_bytes(self) -> int:
         """How many bytes ``data`` yields."""
-        return sum(extent.length for extent in self.extents() if not extent.zero)
+        starts, ends = np.minimum(self._index.starts, self.size), np.minimum(self._index.ends, self.size)
+        total = int((ends - starts)[self._is_written[self._index.owners]].sum())
+        held = np.flatnonzero([chunk_id is not None for chunk_id in self._manifest.chunks])
+        lows = held * self._manifest.chunk_size
+        highs = np.minimum(lows + self._manifest.chunk_size, min(self._manifest.size, self.size))
+        lows = np.minimum(lows, highs)
+        return total + int((highs - lows - (self._owned_before(highs) - self._owned_before(lows))).sum())
+
+    def _owned_before(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many bytes in front of each offset belong to records."""
+        lengths = self._index.ends - self._index.starts
+        before = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
+        at = np.searchsorted(self._index.ends, offsets)
+        starts = np.append(self._index.starts, self.size)
+        owned: NDArray[np.int64] = before[at] + np.maximum(offsets - starts[at], 0)
+        return owned
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Extents that cover a range (default: the disk) in order, neighbours of one kind joined."""
@@ -212,8 +227,9 @@ class View:
     def _kinds(self, offset: int, end: int) -> Iterator[Extent]:
         at = offset
         for start, stop, owner in self._extents(offset, end - offset):
-            yield from self._base_kinds(at, start)
-            yield Extent(start, stop - start, bool(self._index.rows["op"][owner] != fmt.Op.WRITE))
+            if start > at:
+                yield from self._base_kinds(at, start)
+            yield Extent(start, stop - start, not self._is_written[owner])
             at = stop
         yield from self._base_kinds(at, end)
 
@@ -251,9 +267,9 @@ class View:
         return repository.read_chunk(chunk_id)
 
     def _read_record(self, buffer: bytearray, origin: int, start: int, end: int, owner: int) -> None:
-        row = self._index.rows[owner]
-        if row["op"] != fmt.Op.WRITE:
+        if not self._is_written[owner]:
             return
+        row = self._index.rows[owner]
         offset, length = int(row["offset"]), int(row["length"])
         whole = start == offset and end == offset + length
         payload = self._payload(owner) if whole else self._payloads.get(owner, lambda: self._payload(owner))
