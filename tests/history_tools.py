@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from vmrewind.cli.main import main
 from vmrewind.history.history import History
 from vmrewind.history.rows import rows_of_batches
 from vmrewind.journal import format as fmt
@@ -37,6 +38,14 @@ UUID = uuid.UUID("6d1b4a86-58f0-4c32-a4a7-0d7d2a9ac3c1")
 NS = 1_000_000_000
 T0 = 1_790_000_000 * NS
 """When histories begin here: some time in 2026."""
+
+
+def exit_code_of_main() -> int:
+    """Run the command line of ``sys.argv`` in this process."""
+    try:
+        return main()
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 @dataclass

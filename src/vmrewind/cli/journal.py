@@ -49,6 +49,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 def verify(paths: Paths, /, *, json: Json = False) -> None:
     """Check every checksum of segments, and that the segments of a run follow one another."""
+    _segments(paths)
     bad = 0
     for report in journal_verify.verify(paths):
         bad += bool(report.problems)

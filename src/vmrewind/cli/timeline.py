@@ -17,7 +17,7 @@ from vmrewind.history.activity import JournalEvent, Writes, events, writes
 from vmrewind.history.branch import Branch
 from vmrewind.history.coverage import Coverage
 from vmrewind.history.history import History
-from vmrewind.history.moments import format_time, now_ns
+from vmrewind.history.moments import format_time
 from vmrewind.journal.format import Event, run_name
 from vmrewind.start.resolve import open_vm
 
@@ -48,7 +48,7 @@ def timeline(
         if history.problem is not None:
             print(f"the repository is left out: {history.problem}", file=sys.stderr)
         chosen = history.branch(branch)
-        now = now_ns()
+        now = history.opened_ns
         coverages = [history.coverage(target, chosen) for target in chosen.targets]
         happened = list(events(history, chosen))
         starts = [c.intervals[0].first.time_ns for c in coverages if c.intervals] + [e.position.time_ns for e in happened[:1]]

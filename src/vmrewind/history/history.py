@@ -6,6 +6,7 @@ Everything that goes back in time starts here: restore, timeline, and whatever e
 from __future__ import annotations
 
 import functools
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ from vmrewind.repository.repository import VmRepository
 class History:
     """What is known of a VM at the time of opening. Holds the local segments locked against recycling until ``close``.
 
-    ``problem`` is the error that kept the repository from being read, if one did: what the journal has can be used still.
+    ``opened_ns`` is that time: what came before is known, as far as it is kept. ``problem`` is the error that kept the repository
+    from being read, if one did: what the journal has can be used still.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class History:
         repository: VmRepository | None,
         bases: Path | None,
         problem: VmrewindError | None,
+        opened_ns: int,
     ) -> None:
         self.name = name
         self.runs = runs
         self.head = head
         self.repository = repository
         self.problem = problem
+        self.opened_ns = opened_ns
         self._bases = bases
         self._local = local
         grouped: dict[int, tuple[list[LocalSource], list[ShippedSource], list[BrokenFile]]] = defaultdict(lambda: ([], [], []))
@@ -74,6 +78,8 @@ class History:
         ``bases`` is the directory with copies of manifests; ``problem`` the error that kept the caller from opening the
         repository. Raises CorruptionError, or RepositoryError for formats from a newer version.
         """
+        # Everything acknowledged before now will be seen; what comes later may not.
+        opened_ns = time.time_ns()
         # The journal first: whatever is recycled before it is locked has been shipped before the repository is listed.
         local, broken = open_journal(journal) if journal is not None else ([], [])
         try:
@@ -88,7 +94,7 @@ class History:
                     shipped = [ShippedSource(repository, key, cache) for key in repository.segments()]
                 except RepositoryError as error:
                     repository, problem, there, shipped = None, error, [], []
-            return cls(name, merge_runs(here, there), local, broken, shipped, head, repository, bases, problem)
+            return cls(name, merge_runs(here, there), local, broken, shipped, head, repository, bases, problem, opened_ns)
         except BaseException:
             for source in local:
                 source.close()

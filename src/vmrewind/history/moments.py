@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
@@ -118,8 +117,3 @@ def format_time(time_ns: int) -> str:
     moment = datetime.fromtimestamp(whole).astimezone()
     text = moment.isoformat(timespec="seconds")
     return f"{text[:19]}.{fraction:09d}{text[19:]}" if fraction else text
-
-
-def now_ns() -> int:
-    """The time now, ns since the epoch."""
-    return time.time_ns()

@@ -10,7 +10,7 @@ from vmrewind.history.activity import bookmarks
 from vmrewind.history.branch import Branch
 from vmrewind.history.coverage import Coverage, common
 from vmrewind.history.history import History
-from vmrewind.history.moments import AtBookmark, AtSeq, AtTime, Latest, Moment, format_time, now_ns, parse_moment
+from vmrewind.history.moments import AtBookmark, AtSeq, AtTime, Latest, Moment, format_time, parse_moment
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position
 
@@ -18,10 +18,10 @@ from vmrewind.journal.runs import Position
 def resolve(history: History, branch: Branch, text: str, targets: Sequence[str], at_ns: int | None = None) -> Position:
     """The position that a moment means for the disks ``targets``: one at which every one of them can be restored.
 
-    ``at_ns`` is the time now. Raises MomentError: malformed, unknown, in the future, or outside coverage; the hint says what
-    is possible instead.
+    ``at_ns`` is the time now, by default when the history was opened. Raises MomentError: malformed, unknown, in the future, or
+    outside coverage; the hint says what is possible instead.
     """
-    current_ns = now_ns() if at_ns is None else at_ns
+    current_ns = history.opened_ns if at_ns is None else at_ns
     resolver = _Resolver(history, branch, targets, current_ns)
     return resolver.resolve(parse_moment(text, current_ns), text)
 
