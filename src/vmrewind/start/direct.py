@@ -51,7 +51,11 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         say(f"{config.name}: NOT PROTECTED: {error}")
         say(f'{config.name}: starting it all the same, because on_failure = "start-unprotected"')
         keeper.events.write("start.unprotected", error=str(error))
-        return await _unprotected(config, say, stop)
+        keeper.note_unprotected()
+        try:
+            return await _unprotected(config, say, stop)
+        finally:
+            keeper.paths.keeper.unlink(missing_ok=True)
     except asyncio.CancelledError:
         say("stopped before the VM was started")
         return 130

@@ -21,6 +21,7 @@ from vmrewind.journal.events import EventLog
 from vmrewind.paths import VmPaths
 from vmrewind.start.keeping import Keeper, Storage
 from vmrewind.start.libvirt import Libvirt, qemu_owner
+from vmrewind.start.unprotected import UnprotectedServer
 from vmrewind.vmconfig.domain import parse_domain, peek_storage
 from vmrewind.vmconfig.model import VmConfig
 
@@ -75,12 +76,34 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
             raise ConfigError(f"domain {domain!r} is not protected", "run `vmrewind protect` for it")
         return config
 
-    await keeper.bring_up(load, _log, None)
+    try:
+        await keeper.bring_up(load, _log, None)
+    except VmrewindError as error:
+        config = load()
+        if config.protection.on_failure != "start-unprotected":
+            raise
+        await _serve_unprotected(keeper, config, error, report_ready, stop)
+        return
     resumer = Resumer(domain, keeper.events)
     keeper.after_restart = resumer.capture_is_back
     report_ready()
     await stop.wait()
     await keeper.stop()
+
+
+async def _serve_unprotected(
+    keeper: Keeper, config: VmConfig, error: VmrewindError, report_ready: Callable[[], None], stop: asyncio.Event
+) -> None:
+    """The administrator rather has the VM run unprotected than not at all: serve its images as they are."""
+    server = await UnprotectedServer.start(config, keeper.paths, qemu_owner())
+    keeper.note_unprotected()
+    keeper.events.write("start.unprotected", error=str(error))
+    _log(f"{config.name}: NOT PROTECTED: {error}")
+    report_ready()
+    await stop.wait()
+    await server.stop()
+    for path in (keeper.nbd_socket, keeper.paths.keeper):
+        path.unlink(missing_ok=True)
 
 
 def _log(message: str) -> None:

@@ -156,6 +156,11 @@ class Keeper:
         self._note()
         self.events.write("qemu.started", pid=pid)
 
+    def note_unprotected(self) -> None:
+        """The VM runs without protection: no child of this keeper's is alive."""
+        self._capture = self._ship = None
+        self._note()
+
     async def _create_capture(self) -> CaptureChild:
         inherit = tuple(sock.fileno() for sock in self._sockets)
         return await CaptureChild.create(self.paths, self.storage.journal, self.storage.journal_size, inherit)

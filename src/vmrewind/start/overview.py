@@ -54,6 +54,9 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         result["processes"] = {
             role: _process(getattr(keeping, role), role, problems) for role in ("keeper", "capture", "ship", "qemu")
         }
+        if keeping.capture is None:
+            problems.append('the VM runs WITHOUT PROTECTION (on_failure = "start-unprotected"): see vmrewind events')
+            return result
         try:
             result["capture"] = instruct(handle.paths, command="status")
             result["capture"].pop("ok")
