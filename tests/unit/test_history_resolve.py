@@ -245,6 +245,33 @@ def test_disks_shipped_apart_are_covered_apart(made: MadeHistory) -> None:
             assert view.read(0, view.size) == made.disk("vdb").states[seq]
 
 
+def test_a_gap_in_the_journal_ends_with_it(made: MadeHistory) -> None:
+    begin = made.event(fmt.Event.GAP_BEGIN, {})
+    inside = made.write("vda", 0, b"resync")
+    end = made.event(fmt.Event.GAP_END, {})
+    last = made.write("vda", 0, b"after")
+    with made.open() as history:
+        for seq in (begin, inside):
+            error = refused(made, history, f"seq:{seq}")
+            assert f"gap from record {begin}" in str(error)
+            assert f"(seq:{begin - 1})" in error.hint
+            assert f"(seq:{end})" in error.hint
+            assert "gap" in str(refused(made, history, format_time(made.times[seq])))
+        assert where(made, history, f"seq:{end}") == end
+        assert where(made, history, "latest") == last
+
+
+def test_a_gap_that_never_ended(made: MadeHistory) -> None:
+    begin = made.event(fmt.Event.GAP_BEGIN, {})
+    made.write("vda", 0, b"x")
+    with made.open() as history:
+        assert f"(seq:{begin - 1})" in refused(made, history, "latest").hint
+    end = made.stop()
+    made.start(parent=end)
+    with made.open() as history:
+        assert "gap" in str(refused(made, history, "latest"))
+
+
 def test_overlapping_objects_are_used_once(made: MadeHistory) -> None:
     made.ship_runs()
     made.ship(made.run, 1, 3)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.history_tools import MadeHistory
 from vmrewind.errors import CorruptionError, SpaceError, UsageError
+from vmrewind.journal.runs import run_path, write_durably
 from vmrewind.recover.blocks import differing_runs, nonzero_runs
 from vmrewind.recover.restore import restore
 
@@ -44,6 +46,17 @@ def test_every_moment_of_all_disks_byte_for_byte(made: MadeHistory, tmp_path: Pa
                 assert disk.path.read_bytes() == made.disk(disk.target).states[seq]
                 assert disk.base == made.infos[made.run].bases[disk.target]
         assert {path.name for path in (tmp_path / "out6").iterdir()} == {"vda.raw", "vdb.raw"}
+
+
+def test_a_qcow2_disk_keeps_its_format_and_names_its_backing(made: MadeHistory, tmp_path: Path) -> None:
+    info = made.infos[made.run]
+    disks = (replace(info.disks[0], format="qcow2", backing="/images/template.qcow2"), info.disks[1])
+    write_durably(run_path(made.journal, made.run), replace(info, disks=disks).to_json())
+    with made.open() as history:
+        (disk,) = restore(history, ["vda"], made.position(6), tmp_path / "out", quiet).disks
+    assert disk.path == tmp_path / "out" / "vda.qcow2"
+    assert disk.backing == "/images/template.qcow2"
+    assert disk.path.read_bytes() == made.disk("vda").states[6]
 
 
 def test_zeroes_become_holes(made: MadeHistory, tmp_path: Path) -> None:

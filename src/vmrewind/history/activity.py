@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vmrewind.errors import CorruptionError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
+from vmrewind.history.records import with_rows
 from vmrewind.history.rows import between
 from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
@@ -42,8 +43,8 @@ class Writes:
 def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
     """The events on a branch, in order."""
     for leg in branch.legs:
-        for piece in history.records(leg.info.run).event_pieces():
-            rows = _on_branch(piece.rows, leg.cut)
+        for piece, every in with_rows(history.records(leg.info.run).event_pieces()):
+            rows = _on_branch(every, leg.cut)
             for row in rows[rows["op"] == fmt.Op.EVENT]:
                 seq, kind = int(row["seq"]), int(row["flags"])
                 if kind not in _KINDS:
@@ -70,8 +71,8 @@ def writes(history: History, branch: Branch, since_ns: int, until_ns: int, bucke
     for leg in branch.legs:
         records = history.records(leg.info.run)
         for disk in leg.info.disks:
-            for piece in records.pieces(disk.index):
-                rows = _on_branch(piece.rows, leg.cut)
+            for _, every in with_rows(records.pieces(disk.index)):
+                rows = _on_branch(every, leg.cut)
                 rows = rows[(rows["op"] == fmt.Op.WRITE) & (rows["disk"] == disk.index)]
                 at = np.searchsorted(edges, rows["time_ns"].astype(np.int64), side="right") - 1
                 inside = (at >= 0) & (at < buckets)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Final
 
 import numpy as np
 
@@ -14,6 +17,9 @@ from vmrewind.history.rows import between, last_at, of_disk
 from vmrewind.history.sources import BrokenFile, LocalSource, ShippedSource, Source
 from vmrewind.journal.format import run_name
 from vmrewind.repository.segment import Rows
+
+_READERS: Final = 8
+_READ_AHEAD: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +179,9 @@ class RunRecords:
 
     def select(self, disk: int, first: int, last: int) -> Iterator[tuple[Source, Rows]]:
         """The disk's rows (and the whole VM's) with seqs in [first, last], by source, in order."""
-        for piece in self.pieces(disk):
-            if piece.last >= first and piece.first <= last:
-                yield piece.source, of_disk(between(piece.rows, first, last), disk)
+        wanted = [piece for piece in self.pieces(disk) if piece.last >= first and piece.first <= last]
+        for piece, rows in with_rows(wanted):
+            yield piece.source, of_disk(between(rows, first, last), disk)
 
     def payload(self, source: Source, disk: int, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """A record's verified payload: from ``source`` or, if it is damaged there, from any other that has the record."""
@@ -189,6 +195,27 @@ class RunRecords:
                 if len(rows) and int(rows["xxh3"][0]) == xxh3:
                     return other.payload(seq, int(rows["position"][0]), length, xxh3)
             raise
+
+
+def with_rows(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:
+    """Each piece with its rows, in order. The tables of shipped objects are fetched several at a time, some ahead."""
+    if len(pieces) < 2 or not any(isinstance(piece.source, ShippedSource) for piece in pieces):
+        yield from ((piece, piece.rows) for piece in pieces)
+        return
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="tables") as pool:
+        ahead: deque[tuple[Piece, Future[Rows]]] = deque()
+        for piece in pieces:
+            ahead.append((piece, pool.submit(_rows_of, piece)))
+            if len(ahead) > _READ_AHEAD:
+                ready, rows = ahead.popleft()
+                yield ready, rows.result()
+        while ahead:
+            ready, rows = ahead.popleft()
+            yield ready, rows.result()
+
+
+def _rows_of(piece: Piece) -> Rows:
+    return piece.rows
 
 
 def _merge(local: Sequence[Piece], shipped: Sequence[ShippedSource]) -> list[Piece]:
