@@ -83,12 +83,15 @@ def test_passing_by_takes_milliseconds(script: Path) -> None:
 def test_installing_again_changes_nothing_and_another_installation_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
     first = hook_script.install(V9)
     assert first.changed
+    assert first.fresh
     assert first.path.name == "vmrewind"
     assert first.path.parent.name == "qemu.d"
     assert os.access(first.path, os.X_OK)
     assert not hook_script.install(V9).changed
     first.path.chmod(0o644)
-    assert hook_script.install(V9).changed
+    again = hook_script.install(V9)
+    assert again.changed
+    assert not again.fresh
     monkeypatch.setattr(sys, "executable", "/elsewhere/python")
     assert hook_script.install(V9).changed
     assert b"/elsewhere/python" in first.path.read_bytes()

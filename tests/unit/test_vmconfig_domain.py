@@ -48,13 +48,14 @@ def test_every_attribute() -> None:
     element = ELEMENT.format(disks=DISK).replace(
         'enabled="yes"',
         'enabled="yes" ship="on-demand" journal="/j" journal-size="1GiB" on-journal-full="block" '
-        'on-failure="abort" shutdown-timeout-seconds="7"',
+        'on-failure="start-unprotected" shutdown-timeout-seconds="7"',
     )
     config = parse_domain(domain(element))
     assert config is not None
     protection = config.protection
     assert (protection.ship, protection.journal, protection.journal_size) == ("on-demand", "/j", 1 << 30)
-    assert (protection.on_journal_full, protection.shutdown_timeout_seconds) == ("block", 7)
+    assert (protection.on_journal_full, protection.on_failure) == ("block", "start-unprotected")
+    assert protection.shutdown_timeout_seconds == 7
     assert peek_storage(domain(element)) == Storage("web01", Path("/j"), 1 << 30)
 
 
@@ -98,7 +99,7 @@ def changed(old: str, new: str) -> bytes:
         ('enabled="yes"', 'enabled="yes" repo="x"', "protection/@repo: this attribute is not known"),
         ('enabled="yes"', 'enabled="yes" ship="never"', "protection/@ship: 'never' is none of"),
         ('enabled="yes"', 'enabled="yes" on-journal-full="bypass"', "does not have 'bypass'"),
-        ('enabled="yes"', 'enabled="yes" on-failure="start-unprotected"', "not possible under libvirt"),
+        ('enabled="yes"', 'enabled="yes" on-failure="hope"', "protection/@on-failure: 'hope' is none of"),
         ('enabled="yes"', 'enabled="yes" journal="j"', "protection.journal: 'j' is not an absolute path"),
         ('enabled="yes"', 'enabled="yes" journal-size="1"', "protection.journal_size: 1 bytes"),
         ('enabled="yes"', 'enabled="yes" journal-size="much"', "protection/@journal-size: 'much' is not a size"),

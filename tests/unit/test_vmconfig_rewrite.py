@@ -77,13 +77,15 @@ def test_only_source_and_driver_change() -> None:
     assert [child.tag for child in disk] == ["driver", "source", "target", "serial", "boot", "address"]
     driver = disk.find("driver")
     assert driver is not None
-    assert dict(driver.attrib) == {"name": "qemu", "type": "raw", "cache": "none", "discard": "unmap", "queues": "2"}
+    kept = {"name": "qemu", "type": "raw", "cache": "none", "discard": "unmap", "queues": "2"}
+    assert dict(driver.attrib) == kept | {"error_policy": "stop", "rerror_policy": "stop"}
     assert disk.find("source/reconnect[@delay='60']") is not None
 
 
-def test_without_reconnect_the_vm_pauses_on_an_error() -> None:
-    disk = disk_of(protect(domain(VDA), reconnect=False).xml, "vda")
-    assert disk.find("source/reconnect") is None
+@pytest.mark.parametrize("reconnect", [True, False])
+def test_a_capture_that_stays_away_pauses_the_vm_rather_than_telling_the_guest(reconnect: bool) -> None:
+    disk = disk_of(protect(domain(VDA.replace("io='native'", "error_policy='report'")), reconnect=reconnect).xml, "vda")
+    assert (disk.find("source/reconnect") is not None) == reconnect
     assert disk.find("driver[@error_policy='stop'][@rerror_policy='stop']") is not None
 
 
@@ -107,16 +109,15 @@ def test_repeating_changes_nothing() -> None:
 def test_repeating_adds_disks_and_changes_settings_and_picks_up_a_newer_libvirt() -> None:
     before = domain(VDA, VDB)
     first = protect(before, ["vda"], reconnect=False, ship="on-demand", journal="/j", journal_size=1 << 30)
-    second = protect(first.xml, ["vdb"], repository="/other", on_journal_full="block")
+    second = protect(first.xml, ["vdb"], repository="/other", on_journal_full="block", on_failure="start-unprotected")
     assert second.added == ("vdb",)
     config = parse_domain(second.xml)
     assert config is not None
     protection = config.protection
     assert [disk.target for disk in protection.disk] == ["vda", "vdb"]
     assert (protection.repository, protection.ship, protection.journal) == ("/other", "on-demand", "/j")
-    assert (protection.journal_size, protection.on_journal_full) == (1 << 30, "block")
+    assert (protection.journal_size, protection.on_journal_full, protection.on_failure) == (1 << 30, "block", "start-unprotected")
     assert disk_of(second.xml, "vda").find("source/reconnect") is not None
-    assert disk_of(second.xml, "vda").find("driver[@error_policy]") is None
     assert canonical(unprotect_domain(second.xml).xml) == canonical(before)
 
 

@@ -18,7 +18,7 @@ from vmrewind.repository.repository import Repository
 from vmrewind.start.hook_script import Installed, install, reload_daemons
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.vmconfig.domain import parse_domain
-from vmrewind.vmconfig.model import DiskConfig, Invalid, JournalFullPolicy, ShipMode, parse_size
+from vmrewind.vmconfig.model import DiskConfig, FailurePolicy, Invalid, JournalFullPolicy, ShipMode, parse_size
 from vmrewind.vmconfig.rewrite import Rewritten, protect_domain
 from vmrewind.vmconfig.xml import has_protection
 
@@ -33,6 +33,7 @@ def protect(
     journal: Annotated[Path | None, Parameter(help="Directory of the local journal.")] = None,
     journal_size: Annotated[str | None, Parameter(help="Space for the local journal: 8GiB.")] = None,
     on_journal_full: Annotated[JournalFullPolicy | None, Parameter(help="What gives way when that space is used up.")] = None,
+    on_failure: Annotated[FailurePolicy | None, Parameter(help="What a start does that cannot be protected.")] = None,
     connect: Annotated[str, Parameter(help="libvirt's URI.")] = DEFAULT_URI,
     json: Annotated[bool, Parameter(help="Print one JSON object.", negative=())] = False,
 ) -> None:
@@ -41,28 +42,32 @@ def protect(
     The domain's XML is rewritten: the disks' sources become vmrewind's socket, their own definitions are kept in the metadata
     for unprotect. Repeating the command adds disks or changes settings; what is not given keeps its value.
     """
-    changes = _changes(repository, ship, journal, journal_size, on_journal_full)
+    changes = _changes(repository, ship, journal, journal_size, on_journal_full, on_failure)
+    paths = VmPaths(domain)
     with Libvirt(connect) as libvirt:
         found = libvirt.domain(domain)
         found.require_stopped()
-        before = found.inactive_xml
+        before = found.stored_xml(passwords=True)
         if not disk and not has_protection(before):
             raise UsageError(f"{domain}: no disk is named", "name each disk to protect: --disk vda (virsh domblklist shows them)")
         reconnect = libvirt.knows_reconnect
-        after = protect_domain(before, disk or [], socket=str(VmPaths(domain).nbd_socket), reconnect=reconnect, changes=changes)
+        after = protect_domain(before, disk or [], socket=str(paths.nbd_socket), reconnect=reconnect, changes=changes)
         assert after.protection.repository is not None
         Repository.open(after.protection.repository)
         for config in after.protection.disk:
             check_image(config)
         hook = install(libvirt.version)
         libvirt.define(after.xml)
-        stored = parse_domain(found.inactive_xml)
+        stored = parse_domain(found.stored_xml(passwords=False))
         if stored is None or stored.protection != after.protection:
             libvirt.define(before)
             raise LibvirtError(
                 f"domain {domain!r}: libvirt did not keep what was written into its XML; the domain is as it was",
                 "report this with the libvirt version (virsh version) and the domain's XML",
             )
+        # from now on the name suffices for every command, also before the first start
+        paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        stored.save(paths.config)
         snapshots = found.snapshots
         # last: a reload reads every domain's XML again, and what is defined while it runs may be lost
         reloaded = reload_daemons() if hook.fresh else ()
@@ -90,6 +95,7 @@ def _changes(
     journal: Path | None,
     journal_size: str | None,
     on_journal_full: JournalFullPolicy | None,
+    on_failure: FailurePolicy | None,
 ) -> dict[str, object]:
     """The fields of Protection that the command line sets."""
     changes: dict[str, object] = {}
@@ -107,6 +113,8 @@ def _changes(
         changes["ship"] = ship
     if on_journal_full is not None:
         changes["on_journal_full"] = on_journal_full
+    if on_failure is not None:
+        changes["on_failure"] = on_failure
     return changes
 
 

@@ -26,7 +26,7 @@ def unprotect(
     """Take a libvirt domain's protection away: its XML becomes what it was. The history that was recorded stays."""
     with Libvirt(connect) as libvirt:
         found = libvirt.domain(domain)
-        xml = found.inactive_xml
+        xml = found.stored_xml(passwords=True)
         protected = has_protection(xml)
         after = unprotect_domain(xml)
         if protected:

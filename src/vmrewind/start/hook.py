@@ -58,6 +58,7 @@ def prepare(paths: VmPaths, xml: bytes) -> None:
         return
     document = paths.state / "domain.xml"
     try:
+        paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_durably(document, xml)
         with open(paths.log, "ab") as log:
             _start_keeper(paths, document, log.fileno(), log.tell())

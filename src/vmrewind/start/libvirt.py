@@ -86,10 +86,9 @@ class Domain:
         self._handle = handle
         self.name: str = handle.name()
 
-    @property
-    def inactive_xml(self) -> bytes:
-        """The XML that the next start uses, passwords included: all that is needed to define the domain again."""
-        flags = self._module.VIR_DOMAIN_XML_INACTIVE | self._module.VIR_DOMAIN_XML_SECURE
+    def stored_xml(self, *, passwords: bool) -> bytes:
+        """The XML that the next start uses. To define the domain again, its passwords (VNC, SPICE) are needed too."""
+        flags = self._module.VIR_DOMAIN_XML_INACTIVE | (self._module.VIR_DOMAIN_XML_SECURE if passwords else 0)
         try:
             text: str = self._handle.XMLDesc(flags)
         except self._module.libvirtError as error:

@@ -16,6 +16,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.vmconfig.model import (
     JOURNAL_SIZE_DEFAULT,
     DiskConfig,
+    FailurePolicy,
     ImageFormat,
     Invalid,
     JournalFullPolicy,
@@ -58,6 +59,11 @@ PROTECTION_ATTRIBUTES: Final = frozenset(
     }
 )
 DISK_ATTRIBUTES: Final = frozenset({"target", "image", "format"})
+_CHOICES: Final = {
+    "ship": get_args(ShipMode),
+    "on-journal-full": get_args(JournalFullPolicy),
+    "on-failure": get_args(FailurePolicy),
+}
 PROTECT_AGAIN: Final = "vmrewind unprotect, then vmrewind protect, with the VM shut off, writes it anew"
 
 
@@ -122,15 +128,9 @@ def read_protection(domain: etree._Element) -> Protection:
     if enabled is None:
         raise Invalid("protection/@enabled", "this attribute is missing", 'write enabled="yes" or enabled="no"')
     check_choice("protection/@enabled", enabled, ("yes", "no"))
-    for attribute, choices in (("ship", get_args(ShipMode)), ("on-journal-full", get_args(JournalFullPolicy))):
+    for attribute, choices in _CHOICES.items():
         if (value := given.get(attribute)) is not None:
-            check_choice(f"protection/@{attribute}".replace("-", "_"), value, choices)
-    if (value := given.get("on-failure", "abort")) != "abort":
-        raise Invalid(
-            "protection/@on-failure",
-            f"{value!r} is not possible under libvirt, where a protected disk's only source is vmrewind",
-            'use "abort"; vmrewind unprotect lets the VM start without protection',
-        )
+            check_choice(f"protection/@{attribute}", value, choices)
     size, timeout = given.get("journal-size"), given.get("shutdown-timeout-seconds", "60")
     if not (timeout.isascii() and timeout.isdigit() and len(timeout) < 10):
         raise Invalid("protection/@shutdown-timeout-seconds", f"{timeout!r} is not a whole number", 'the default is "60"')
@@ -142,6 +142,7 @@ def read_protection(domain: etree._Element) -> Protection:
         journal=given.get("journal"),
         journal_size=JOURNAL_SIZE_DEFAULT if size is None else _size(size),
         on_journal_full="block" if given.get("on-journal-full") == "block" else "drop-history",
+        on_failure="start-unprotected" if given.get("on-failure") == "start-unprotected" else "abort",
         shutdown_timeout_seconds=int(timeout),
     )
 

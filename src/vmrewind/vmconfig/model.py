@@ -242,7 +242,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few words. Raises Invalid."""
-    if key.endswith("on_journal_full") and value == "bypass":
+    if key.endswith(("on_journal_full", "on-journal-full")) and value == "bypass":
         raise Invalid(key, "this version of vmrewind does not have 'bypass'", "use 'drop-history' or 'block'")
     if value not in choices:
         raise Invalid(key, f"{value!r} is none of {', '.join(map(repr, choices))}", nearest(value, choices))

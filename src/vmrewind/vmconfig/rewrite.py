@@ -200,10 +200,10 @@ def _protected_disk(disk: etree._Element, config: DiskConfig, socket: str, recon
     driver.set("type", config.format)
     if "io" in driver.attrib:
         del driver.attrib["io"]  # libvirt accepts it on a network disk and does not pass it on
-    if not reconnect:
-        # without reconnect a broken connection is an I/O error: pause the VM, so that it can go on when capture is back
-        driver.set("error_policy", "stop")
-        driver.set("rerror_policy", "stop")
+    # Without reconnect, or when capture stays away for longer, a broken connection becomes an I/O error: that pauses the VM,
+    # which goes on when capture is back, rather than reaching its guest.
+    driver.set("error_policy", "stop")
+    driver.set("rerror_policy", "stop")
     source = etree.Element("source", protocol="nbd", name=config.target)
     etree.SubElement(source, "host", transport="unix", socket=socket)
     if reconnect:
@@ -266,7 +266,7 @@ def _write_element(domain: etree._Element, protection: Protection, originals: li
     element.set("ship", protection.ship)
     if protection.journal is not None:
         element.set("journal", protection.journal)
-    for attribute in ("journal-size", "on-journal-full", "shutdown-timeout-seconds"):
+    for attribute in ("journal-size", "on-journal-full", "on-failure", "shutdown-timeout-seconds"):
         field = attribute.replace("-", "_")
         if (value := getattr(protection, field)) != getattr(default, field):
             element.set(attribute, str(value))

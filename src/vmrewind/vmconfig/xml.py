@@ -66,6 +66,11 @@ def protection_elements(domain: etree._Element) -> list[etree._Element]:
     return domain.findall(f"metadata/{{{NAMESPACE}}}*")
 
 
+def has_protection(xml: bytes) -> bool:
+    """Whether a domain's metadata holds anything of ours, enabled or not. Raises ConfigError for malformed XML."""
+    return bool(protection_elements(parse_xml(xml)))
+
+
 def attributes(element: etree._Element) -> dict[str, str]:
     """An element's attributes, namespaced ones under their ``{namespace}name``."""
     return {str(name): str(value) for name, value in element.attrib.items()}

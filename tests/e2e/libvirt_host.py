@@ -1,0 +1,148 @@
+"""A libvirt of a test's own: libvirtd with its own /etc/libvirt, /var/lib/libvirt and /run in a mount namespace.
+
+It shares nothing with the host's libvirt or with another test's, so tests run side by side and leave nothing behind. What
+is to see this libvirt (virsh, vmrewind) is run with :meth:`LibvirtHost.run`, inside the namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from guests.kernel import cache_directory
+from vmrewind.paths import VmPaths
+from vmrewind.start.processes import Keeping
+
+START_TIMEOUT_SECONDS = 60
+RUN_TIMEOUT_SECONDS = 60
+
+_ENTER = """\
+set -e
+mount -t tmpfs -o mode=755 tmpfs /run
+for directory in /etc/libvirt /var/lib/libvirt /var/log/libvirt; do
+    mkdir -p "$directory" "$1$directory"
+    cp -a "$directory/." "$1$directory"
+    rm -rf "$1$directory/qemu/"*
+    mount --bind "$1$directory" "$directory"
+done
+rm -rf /etc/libvirt/hooks
+mkdir -p /etc/libvirt/hooks
+# what libvirt found out about this QEMU, in seconds: kept from one test to the next
+mkdir -p "$2" /var/cache/libvirt
+mount --bind "$2" /var/cache/libvirt
+# KVM out of sight: a device that is there but not usable makes libvirt examine QEMU anew at every call
+if [ -e /dev/kvm ]; then
+    touch "$1/kvm"
+    chmod 000 "$1/kvm"
+    mount --bind "$1/kvm" /dev/kvm
+fi
+# console output straight to a file, so that no virtlogd is needed; no /dev of QEMU's own, which the mount above forbids
+printf '\\nstdio_handler = "file"\\nnamespaces = []\\n' >>/etc/libvirt/qemu.conf
+exec libvirtd
+"""
+
+
+class LibvirtHost:
+    """A running libvirtd. ``directory`` is open to QEMU's user: images that QEMU opens by itself belong there."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="vml-"))
+        self.directory.chmod(0o711)
+        # the hook's script carries these to processes that QEMU's user must reach
+        Path(os.environ["VMREWIND_RUNTIME_DIR"]).chmod(0o711)
+        self.log = self.directory / "libvirtd.log"
+        private = self.directory / "private"
+        private.mkdir()
+        cache = cache_directory() / "libvirt"
+        with self.log.open("wb") as log:
+            self._daemon = subprocess.Popen(
+                [
+                    *["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "--", "sh", "-c"],
+                    _ENTER,
+                    "sh",
+                    *map(str, (private, cache)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def __enter__(self) -> Self:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_SECONDS
+            while self.virsh("version", check=False).returncode != 0:
+                if self._daemon.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"libvirtd did not come up:\n{self.log.read_text()}")
+                time.sleep(0.02)
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            for name in self.virsh("list", "--name").stdout.split():
+                self.virsh("destroy", name, check=False)
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        # what is left when a test failed half-way: nothing of it may outlive the test
+        run = Path(f"/proc/{self._daemon.pid}/root/run/libvirt/qemu")
+        left = [int(path.read_text()) for path in run.glob("*.pid")]
+        self._daemon.kill()
+        self._daemon.wait()
+        for keeper in Path(os.environ["VMREWIND_RUNTIME_DIR"]).glob("*/keeper.json"):
+            keeping = Keeping.read(VmPaths(keeper.parent.name))
+            if keeping is not None:
+                left += [p.pid for p in (keeping.keeper, keeping.capture, keeping.ship) if p is not None and p.alive]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def run(
+        self, *command: str | Path, check: bool = True, env: Mapping[str, str] | None = None, stdin: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside the namespace; with ``check``, its failure fails the test with its output."""
+        entered = ["nsenter", f"--mount=/proc/{self._daemon.pid}/ns/mnt", "--", *map(str, command)]
+        done = subprocess.run(
+            entered,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=RUN_TIMEOUT_SECONDS,
+            env=os.environ | dict(env or {}),
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def virsh(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run virsh."""
+        return self.run("virsh", "--connect", "qemu:///system", *arguments, check=check)
+
+    def vmrewind(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run vmrewind."""
+        return self.run(sys.executable, "-P", "-m", "vmrewind.cli.main", *arguments, check=check)
+
+    def define(self, xml: str) -> None:
+        """Define a domain."""
+        path = self.directory / "domain.xml"
+        path.write_text(xml)
+        self.virsh("define", path)
+
+    def stored_xml(self, name: str) -> str:
+        """The domain's XML as its next start uses it, byte for byte."""
+        return self.virsh("dumpxml", "--inactive", "--security-info", name).stdout
