@@ -21,9 +21,9 @@ from typing import Any
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.policy import POLICIES, FullPolicy
-from vmrewind.capture.recovery import End, find_end, recovery_point, replay
+from vmrewind.capture.recovery import End, find_end, recovery_point, replay, segments_after
 from vmrewind.capture.server import Server, print_event
-from vmrewind.errors import ConfigError, ImageError, VmrewindError, VmStateError
+from vmrewind.errors import ConfigError, CorruptionError, ImageError, VmrewindError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.events import EventLog
@@ -48,20 +48,20 @@ def main() -> int:
         if not line:
             return 0
         server = prepare(arguments.journal, pool, json.loads(line))
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+        print_event(
+            "ready",
+            pid=os.getpid(),
+            run=fmt.run_name(server.writer.run),
+            seq=server.writer.next_seq - 1,
+            disks={target: {"size": disk.size} for target, disk in server.disks.items()},
+        )
+        server.serve()
     except VmrewindError as error:
         print_event("error", kind=error.kind, message=str(error), hint=error.hint)
         return error.exit_code
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    print_event(
-        "ready",
-        pid=os.getpid(),
-        run=fmt.run_name(server.writer.run),
-        seq=server.writer.next_seq - 1,
-        disks={target: {"size": disk.size} for target, disk in server.disks.items()},
-    )
-    server.serve()
     os.close(lock)
     return 0
 
@@ -92,12 +92,19 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
     state = StatePage(journal)
     end: End | None = None
     point = recovery_point(state)
-    if resuming := state.run == run:
+    images = open_images(assignment["disks"], resuming=state.run == run)
+    if state.run == run:
         end = find_end(journal, run, point)
-    images = open_images(assignment["disks"], resuming=resuming)
+        if (end.next_batch - 1 if end is not None else 0) < point:
+            # Going on would leave a hole: the images hold writes that no reader of the journal can find.
+            where = f"{end.segment.name}, offset {end.position}" if end is not None else fmt.segment_name(run, 1)
+            raise CorruptionError(
+                f"{journal}: the journal is damaged at {where}: batches up to {point} were written, and are not there",
+                "stop the VM and start it again: the missing history becomes a gap, and a new base is made",
+            )
     policy = FullPolicy(assignment["on_journal_full"], journal, state)
     if end is not None:
-        applied = replay(journal, run, point, {image.index: image for image in images})
+        applied = replay(journal, run, point, end, {image.index: image for image in images})
         state.set_applied(end.next_batch - 1)
         events.write("capture.recovered", pid=os.getpid(), seq=end.next_seq - 1, records_applied=applied)
     clock = Clock(end.last_time_ns if end else assignment["time_floor_ns"])
@@ -112,7 +119,8 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
         end.next_batch if end else 1,
     )
     if end is not None:
-        writer.resume(end.segment, end.number, end.position)
+        unsynced = [path for path in segments_after(journal, run, state.checkpoint) if path != end.segment]
+        writer.resume(end.segment, end.number, end.position, unsynced)
     server = Server(journal, pool, writer, state, clock, images, events, policy)
     if end is None:
         # From here on the images may move away from what the last run left: its word about them goes first.

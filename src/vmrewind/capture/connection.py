@@ -36,13 +36,12 @@ _EXTENTS_MAX: Final = 4096
 
 Operation = tuple[int, memoryview | None, int, int, int, int]
 
+_UNSETTLED: Final = "it has no room for what an image has refused"
 _PADDING: Final = tuple(bytes(n) for n in range(fmt.ALIGNMENT))
 _xxh3 = xxhash.xxh3_64_intdigest
 _SIMPLE_OK: Final = nbd.SIMPLE_REPLY_MAGIC
 
 _ALLOWED_FLAGS: Final = {
-    nbd.CMD_READ: nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_DF,
-    nbd.CMD_WRITE: nbd.CMD_FLAG_FUA,
     nbd.CMD_DISC: 0xFFFF,
     nbd.CMD_FLUSH: nbd.CMD_FLAG_FUA,
     nbd.CMD_TRIM: nbd.CMD_FLAG_FUA,
@@ -61,6 +60,7 @@ class Connection:
         self.disk = disk
         self.structured = structured
         self.block_status = block_status
+        self._read_flags = nbd.CMD_FLAG_FUA | (nbd.CMD_FLAG_DF if structured else 0)
         self.closed = False
         self.held = False
         """The journal can't take this client's writes now: nothing is read from it until ``resume``."""
@@ -127,6 +127,9 @@ class Connection:
 
     def _serve_batch(self) -> bool:
         """Serve one batch from the window; False if there is no complete request left in it."""
+        if self.server.refused and not self.server.settle():
+            self._hold(_UNSETTLED)
+            return False
         disk = self.disk
         size = disk.size
         index = disk.index
@@ -139,6 +142,7 @@ class Connection:
         request_size = nbd.REQUEST.size
         window, view = self._window, self._view
         position, filled = self._start, self._filled
+        read_flags = self._read_flags
         record_max = self.server.record_length_max
         payload_room = self.server.batch_payload_max
 
@@ -198,7 +202,7 @@ class Connection:
                     replies.append((cookie, 0))
                 position = stop
             elif command == nbd.CMD_READ:
-                if flags & ~(nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_DF) or offset + length > size or not length:
+                if flags & ~read_flags or offset + length > size or not length:
                     reads.append((cookie, offset, -nbd.EINVAL if length else 0))
                 elif length > nbd.REQUEST_LENGTH_MAX:
                     reads.append((cookie, offset, -nbd.EINVAL))
@@ -218,7 +222,9 @@ class Connection:
                 elif command in (nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES):
                     if offset + length > size:
                         replies.append((cookie, nbd.EINVAL if command == nbd.CMD_TRIM else nbd.ENOSPC))
-                    elif flags & nbd.CMD_FLAG_FAST_ZERO and not disk.image.fast_zero:
+                    elif flags & nbd.CMD_FLAG_FAST_ZERO and not (
+                        disk.image.fast_zero_kept if flags & nbd.CMD_FLAG_NO_HOLE else disk.image.fast_zero
+                    ):
                         replies.append((cookie, nbd.ENOTSUP))
                     elif not length:
                         replies.append((cookie, 0))
@@ -256,8 +262,8 @@ class Connection:
         if records:
             try:
                 first_seq = writer.commit(records, payloads, payload_length)
-            except JournalFull:
-                self._hold()
+            except JournalFull as full:
+                self._hold(str(full))
                 return False
             failed = self._apply(operations, first_seq)
             if failed:
@@ -298,6 +304,7 @@ class Connection:
         pwrite = os.pwrite
         failed: dict[int, int] = {}
         voided: list[int] = []
+        ranges: list[tuple[int, int]] = []
         for record, payload, offset, length, flags, cookie in operations:
             try:
                 if payload is None:
@@ -307,10 +314,12 @@ class Connection:
             except OSError as error:
                 failed[cookie] = nbd.wire_error(error.errno)
                 voided.append(first_seq + record)
+                ranges.append((offset, length))
         server = self.server
-        server.state.set_applied(server.writer.next_batch - 1)
         if voided:
-            server.image_refused(self.disk, voided, sorted(set(failed.values())))
+            server.image_refused(self.disk, voided, ranges, sorted(set(failed.values())))
+        else:
+            server.state.set_applied(server.writer.next_batch - 1)
         return failed
 
     def _serve_large_write(self, cookie: int, flags: int, offset: int, payload: memoryview, stop: int) -> bool:
@@ -320,12 +329,15 @@ class Connection:
         for at in range(0, len(payload), self.server.record_length_max):
             piece = payload[at : at + self.server.record_length_max]
             length = len(piece)
+            if self.server.refused and not self.server.settle():
+                self._hold(_UNSETTLED)
+                return False
             fmt.RECORD.pack_into(writer.table, writer.table_at, offset + at, length, index, fmt.Op.WRITE, flags & 1, _xxh3(piece))
             try:
                 seq = writer.commit(1, (piece, _PADDING[-length & 7]), fmt.padded(length))
-            except JournalFull:
+            except JournalFull as full:
                 # The whole request is served anew later; writing the same bytes twice changes nothing.
-                self._hold()
+                self._hold(str(full))
                 return False
             failed |= self._apply([(0, piece, offset + at, length, 0, cookie)], seq)
         self._start = stop
@@ -335,9 +347,9 @@ class Connection:
             self._send(memoryview(nbd.SIMPLE_REPLY.pack(_SIMPLE_OK, max(failed.values(), default=0), cookie)))
         return True
 
-    def _hold(self) -> None:
+    def _hold(self, reason: str) -> None:
         self.held = True
-        self.server.hold(self)
+        self.server.hold(self, reason)
 
     def _read(self, reads: list[tuple[int, int, int]], output: bytearray, at: int) -> int:
         """Put the replies of ``reads`` into ``output`` from ``at``; returns where they end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Callable
@@ -36,20 +37,27 @@ class ControlClient:
             del self._buffer[: end + 1]
             try:
                 request = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 request = None
             if not isinstance(request, dict):
                 self._answer({"ok": False, "kind": "usage", "message": "an instruction is one JSON object a line"})
                 return False
             self._instruct(request, self._answer)
-        return bool(received) and len(self._buffer) < LINE_MAX
+        if len(self._buffer) >= LINE_MAX:
+            self._answer({"ok": False, "kind": "usage", "message": f"an instruction has at most {LINE_MAX} bytes"})
+            return False
+        return bool(received)
 
     def _answer(self, answer: dict[str, Any]) -> None:
-        if not self._closed:
-            try:
-                self._sock.send(json.dumps(answer).encode() + b"\n")
-            except OSError:
-                self.close()
+        if self._closed:
+            return
+        line = json.dumps(answer).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            if self._sock.send(line) == len(line):
+                return
+        # Gone, or it does not read its answers: whoever watches the socket finds its end.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Hang up."""

@@ -1,7 +1,10 @@
 """Stable storage, off the loop: syncing the journal for flushes, checkpointing the images.
 
 The journal is the images' write-ahead log, so a flush syncs the journal only; flushes that arrive while a sync runs share the
-next one. The images are synced by checkpoints in a thread of their own, which a flush never waits for.
+next one. The images are synced by checkpoints, each behind a sync of the journal, in a thread that a flush never waits for.
+
+An image that can't be synced has lost writes, and asking again would only seem to succeed: the kernel forgets what it could not
+write. The journal has those writes, so capture ends, and the one that takes its place replays them.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Final, Protocol
+from typing import Final, NoReturn, Protocol
 
 from vmrewind.capture.image import Image
+from vmrewind.errors import ImageError
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import sync_directory
 from vmrewind.journal.state import StatePage
@@ -82,6 +86,7 @@ class Durability:
         self._events = events
         self._flusher = Worker("flush", post)
         self._checkpointer = Worker("checkpoint", post)
+        self._checkpointing = False
         self._waiting: list[tuple[Waiter, int]] = []
 
     def flush(self, waiter: Waiter, cookie: int) -> None:
@@ -102,6 +107,8 @@ class Durability:
         def done(error: int) -> None:
             for waiter, cookie in waiters:
                 waiter.flushed(cookie, error)
+            if error:
+                self._images_lost_writes(error)
             if self._waiting and not self._flusher.busy:
                 self._start_flush()
 
@@ -137,24 +144,51 @@ class Durability:
     def checkpoint(self) -> None:
         """Start a checkpoint unless one is running or there is nothing to do."""
         batch = self._state.applied
-        if self._checkpointer.busy or batch == self._state.checkpoint:
+        if self._checkpointing or batch == self._state.checkpoint:
             return
+        self._checkpointing = True
+        self.flush(_JournalSynced(lambda: self._checkpointer.submit(lambda: self._checkpoint(batch), self._checkpointed)), 0)
 
-        def job() -> int:
-            if not (error := self._sync_images()):
-                self._state.set_checkpoint(batch)
+    def _checkpoint(self, batch: int) -> int:
+        if error := self._sync_images():
             return error
+        try:
+            self._state.set_checkpoint(batch)
+        except OSError as failure:
+            # The page's number is right whenever it gets to the disk; until then an older one only means more to replay.
+            self._events.write("journal.sync-failed", error=str(failure), journal=str(self._journal))
+        return 0
 
-        self._checkpointer.submit(job, lambda _: None)
+    def _checkpointed(self, error: int) -> None:
+        self._checkpointing = False
+        if error:
+            self._images_lost_writes(error)
+
+    def _images_lost_writes(self, error: int) -> NoReturn:
+        self._state.set_applied(self._state.checkpoint)
+        raise ImageError(
+            f"an image cannot be written to stable storage: {os.strerror(error)}",
+            "free space where the images are, or repair what they lie on; the journal keeps their writes until then",
+        )
 
     def finish(self) -> None:
-        """The last sync and checkpoint, in this thread; raises OSError if either fails."""
+        """The last sync and checkpoint, in this thread; raises ImageError if an image fails."""
         self._flusher.stop()
         self._checkpointer.stop()
-        finished, current, _ = self._writer.take_unsynced()
-        for fd in (*finished, current):
-            os.fdatasync(fd)
-        sync_directory(self._journal)
-        for image in self._images:
-            image.sync()
+        finished, current, rolled = self._writer.take_unsynced()
+        error = self._sync_journal(finished, current, rolled) or self._sync_images()
+        if error:
+            self._images_lost_writes(error)
         self._state.set_checkpoint(self._state.applied)
+
+
+class _JournalSynced:
+    """A checkpoint that waits for the journal: an image must never be on stable storage further than its log."""
+
+    def __init__(self, go_on: Callable[[], None]) -> None:
+        self._go_on = go_on
+
+    def flushed(self, _: int, error: int) -> None:
+        """The journal is on stable storage, or the images were synced in its place. With an error, capture is about to end."""
+        if not error:
+            self._go_on()

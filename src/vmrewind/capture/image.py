@@ -25,8 +25,12 @@ _FALLOC_PUNCH_HOLE: Final = 2
 _FALLOC_ZERO_RANGE: Final = 16
 _BLKGETSIZE64: Final = 0x80081272
 
-_QCOW2: Final = struct.Struct(">4sIQIIQ")
-"""magic, version, backing file's offset, backing file's name length, cluster bits, virtual size."""
+_QCOW2: Final = struct.Struct(">4sIQIIQ28xI")
+"""magic, version, backing file's offset, backing file's name length, cluster bits, virtual size, number of snapshots."""
+_QCOW2_FEATURES_AT: Final = 72
+"""Version 3 only: incompatible features, big-endian u64."""
+_QCOW2_EXTERNAL_DATA: Final = 1 << 2
+_QCOW2_EXTENDED_L2: Final = 1 << 4
 _QCOW2_SLACK: Final = 64 << 20
 """Room beyond the computed need, bytes: snapshot tables, bitmaps, relocated refcount tables."""
 
@@ -40,6 +44,14 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     while _libc.fallocate(fd, mode, offset, length) != 0:
         if (number := ctypes.get_errno()) != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def _supports(fd: int, mode: int) -> bool:
+    try:
+        _fallocate(fd, mode | _FALLOC_KEEP_SIZE, 0, 4096)
+    except OSError:
+        return False
+    return True
 
 
 def image_identity(fd: int, path: str | Path) -> ImageIdentity:
@@ -59,13 +71,14 @@ def device_size(fd: int) -> int:
     return os.fstat(fd).st_size
 
 
-def qcow2_export_size(virtual_size: int, cluster_size: int, file_size: int) -> int:
+def qcow2_export_size(virtual_size: int, cluster_size: int, file_size: int, *, snapshots: int = 0, entry_size: int = 8) -> int:
     """Bytes that the export of a qcow2 file needs so that it never has to grow.
 
-    Every guest cluster, 8 bytes of L2 and at least 2 bytes of refcount for each, tables rounded to clusters, some slack.
+    Every guest cluster, once more for each internal snapshot that may hold on to it; ``entry_size`` bytes of L2 and at most 8 bytes
+    of refcount for each; tables rounded to clusters; some slack.
     """
-    clusters = -(-virtual_size // cluster_size)
-    tables = clusters * 8 + clusters * 8 * 8 // cluster_size
+    clusters = -(-virtual_size // cluster_size) * (1 + snapshots)
+    tables = clusters * entry_size + clusters * entry_size * 8 // cluster_size
     refcounts = (clusters + tables // cluster_size) * 8 + cluster_size
     metadata = -(-(tables + refcounts) // cluster_size) * cluster_size
     need = clusters * cluster_size + metadata + _QCOW2_SLACK
@@ -85,7 +98,7 @@ class Image:
         try:
             self.size = self._check_format()
             self.block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
-            self.fast_zero = self._can_punch()
+            self.fast_zero, self.fast_zero_kept = (False, False) if self.block_device else self._fast_zeroes()
         except BaseException:
             os.close(self.fd)
             raise
@@ -102,34 +115,44 @@ class Image:
             return size
         if not is_qcow2:
             raise ImageError(f"{self.path}: not a qcow2 image", 'set format = "raw" for this disk')
-        _, version, backing_at, backing_length, cluster_bits, virtual_size = _QCOW2.unpack_from(head)
+        _, version, backing_at, backing_length, cluster_bits, virtual_size, snapshots = _QCOW2.unpack_from(head.ljust(104, b"\0"))
         if version not in (2, 3) or not 9 <= cluster_bits <= 21:
             raise ImageError(f"{self.path}: qcow2 version {version} with {cluster_bits} cluster bits is not known")
         if backing_at and backing_length <= 1023:
             self.backing = os.pread(self.fd, backing_length, backing_at).decode(errors="surrogateescape")
-        needed = qcow2_export_size(virtual_size, 1 << cluster_bits, size)
+        features = int.from_bytes(head[_QCOW2_FEATURES_AT : _QCOW2_FEATURES_AT + 8], "big") if version == 3 else 0
+        if features & _QCOW2_EXTERNAL_DATA:
+            raise ImageError(
+                f"{self.path}: its data is in another file, which would go unprotected", "convert it: qemu-img convert"
+            )
+        entry_size = 16 if features & _QCOW2_EXTENDED_L2 else 8
+        needed = qcow2_export_size(virtual_size, 1 << cluster_bits, size, snapshots=snapshots, entry_size=entry_size)
         if size < needed and not stat.S_ISBLK(os.fstat(self.fd).st_mode):
             # Sparse: costs no space. A file that was extended before keeps its size, so this happens once.
-            os.ftruncate(self.fd, needed)
+            try:
+                os.ftruncate(self.fd, needed)
+            except OSError as error:
+                raise ImageError(
+                    f"{self.path}: cannot be extended to {needed} bytes: {error.strerror}",
+                    "its file system must allow files of that size; they take no more space than before",
+                ) from error
             return needed
         return size
 
-    def _can_punch(self) -> bool:
-        """Whether the image's file system punches holes. Asked of a nameless file beside it: the image's own mtime tells
-        whether somebody touched it, and even an operation that changes nothing would change that."""
-        if self.block_device:
-            return False
+    def _fast_zeroes(self) -> tuple[bool, bool]:
+        """Whether the image's file system zeroes a range without writing it: (as a hole, allocated).
+
+        Asked of a nameless file beside it: the image's own mtime tells whether somebody touched it, and even an operation that
+        changes nothing would change that.
+        """
         try:
             fd = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError:
-            return False
+            return False, False
         try:
-            _fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, 0, 4096)
-        except OSError:
-            return False
+            return _supports(fd, _FALLOC_PUNCH_HOLE), _supports(fd, _FALLOC_ZERO_RANGE)
         finally:
             os.close(fd)
-        return True
 
     @property
     def info(self) -> DiskInfo:
@@ -147,6 +170,17 @@ class Image:
             view = memoryview(data)
             while written < len(view):
                 written += os.pwrite(self.fd, view[written:], offset + written)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """``length`` bytes; raises OSError, EIO where the image was cut short."""
+        parts = []
+        while length:
+            part = os.pread(self.fd, length, offset)
+            if not part:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return b"".join(parts)
 
     def zero(self, offset: int, length: int, *, keep_allocated: bool) -> None:
         """Make a range read as zeroes, as a hole unless ``keep_allocated``; raises OSError."""
@@ -183,7 +217,10 @@ class Image:
                 yield hole_end - offset, False
                 offset = hole_end
                 continue
-            data_end = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+            try:
+                data_end = min(os.lseek(self.fd, offset, os.SEEK_HOLE), end)
+            except OSError:
+                data_end = end
             yield data_end - offset, True
             offset = data_end
 

@@ -70,10 +70,9 @@ def image_users(fd: int) -> list[tuple[int, str]]:
         if int(pid) == os.getpid():
             continue
         try:
-            for entry in os.scandir(f"/proc/{pid}/fd"):
-                if _file_key(os.stat(entry.path)) == wanted:
+            with os.scandir(f"/proc/{pid}/fd") as entries:
+                if any(_file_key(os.stat(entry.path)) == wanted for entry in entries):
                     found.append((int(pid), Path(f"/proc/{pid}/comm").read_text().strip()))
-                    break
         except OSError:
             continue
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import segment_name
 from vmrewind.journal.pool import Recycling
 from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader
@@ -44,11 +46,14 @@ class FullPolicy:
         return Recycling.NO if self.name == "block" else Recycling.DROPS
 
     def _successor(self, segment: SegmentFile) -> SegmentHeader | None:
+        """The header of the run's next segment; where that can't be read, of the first behind it that can."""
         try:
             with Segment(self._journal / segment_name(segment.run, segment.number + 1)) as following:
                 return following.header
         except FileNotFoundError:
             return None
+        except CorruptionError:
+            return self._successor(replace(segment, number=segment.number + 1))
 
     def _is_shipped(self, segment: SegmentFile, successor: SegmentHeader | None) -> bool:
         """Whether ship has carried all of the segment away: ``shipped.json`` is its word, written after the objects were."""

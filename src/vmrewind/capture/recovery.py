@@ -7,14 +7,14 @@ finds a run that never ended). The journal is the write-ahead log: its valid pre
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmrewind.capture.image import Image
 from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Batch, Segment, records, segment_files
+from vmrewind.journal.reader import Batch, Segment, SegmentHeader, records, segment_files
 from vmrewind.journal.runs import Position, RunInfo, local_runs, read_head, run_path
 from vmrewind.journal.state import StatePage, boot_id
 
@@ -36,33 +36,44 @@ def find_end(journal: Path, run: int, verify_after: int) -> End | None:
 
     Headers and tables are checked from the last segment that begins at or before batch ``verify_after``, payloads of every batch
     after ``verify_after``: earlier ones are known to be whole. A batch whose table is valid and whose payload is torn ends
-    the prefix; its header is destroyed, so that every later reader finds the same end.
+    the prefix; its header is destroyed, so that every later reader finds the same end. A segment whose header did not
+    reach the disk ends it as well: nothing in it was ever promised.
     """
     files = segment_files(journal, run)
-    end: End | None = None
-    expected: int | None = None
+    first = 0
     for i, file in enumerate(files):
-        with Segment(file.path) as segment:
-            if expected is None:
-                if i + 1 < len(files) and _first_batch(files[i + 1].path) <= verify_after:
-                    continue
-            elif segment.header.first_batch != expected:
+        header = _header(file.path)
+        if header is not None and header.first_batch <= verify_after:
+            first = i
+    end: End | None = None
+    for file in files[first:]:
+        try:
+            segment = Segment(file.path)
+        except (CorruptionError, FileNotFoundError):
+            break
+        with segment:
+            header = segment.header
+            if end is not None and (header.first_batch, header.first_seq) != (end.next_batch, end.next_seq):
                 break
-            position = fmt.SEGMENT_HEADER_SIZE
+            if header.first_batch > 1:
+                # The header itself tells what came before it, should nothing have been written behind it yet.
+                last_time_ns = end.last_time_ns if end is not None else header.created_ns
+                end = End(file.path, file.number, fmt.SEGMENT_HEADER_SIZE, header.first_batch, header.first_seq, last_time_ns)
             for batch in segment.batches():
                 if batch.number > verify_after and not segment.intact(batch):
                     _destroy(file.path, batch)
-                    break
-                position = batch.end
+                    return end
                 last_time_ns = batch.time_ns + batch.count - 1
-                end = End(file.path, file.number, position, batch.number + 1, batch.last_seq + 1, last_time_ns)
-            expected = end.next_batch if end is not None else segment.header.first_batch
+                end = End(file.path, file.number, batch.end, batch.number + 1, batch.last_seq + 1, last_time_ns)
     return end
 
 
-def _first_batch(path: Path) -> int:
-    with Segment(path) as segment:
-        return segment.header.first_batch
+def _header(path: Path) -> SegmentHeader | None:
+    try:
+        with Segment(path) as segment:
+            return segment.header
+    except (CorruptionError, FileNotFoundError):
+        return None
 
 
 def _destroy(path: Path, batch: Batch) -> None:
@@ -74,34 +85,53 @@ def _destroy(path: Path, batch: Batch) -> None:
         os.close(fd)
 
 
-def replay(journal: Path, run: int, after: int, images: Mapping[int, Image]) -> int:
-    """Apply a run's batches after batch ``after`` to the images; returns how many records were applied."""
-    voided: set[int] = set()
-    pending: list[tuple[Path, Batch]] = []
+def segments_after(journal: Path, run: int, batch: int) -> list[Path]:
+    """The segments of a run that hold a batch after ``batch``, or may."""
     files = segment_files(journal, run)
+    first = 0
     for i, file in enumerate(files):
-        if i + 1 < len(files) and _first_batch(files[i + 1].path) <= after + 1:
-            continue
-        with Segment(file.path) as segment:
-            for batch in segment.batches():
-                if batch.number <= after:
-                    continue
-                pending.append((file.path, batch))
-                voided.update(r.offset for r in records(batch) if r.op == fmt.Op.VOID)
-    applied = 0
-    for path, batch in pending:
+        header = _header(file.path)
+        if header is not None and header.first_batch <= batch + 1:
+            first = i
+    return [file.path for file in files[first:]]
+
+
+def _batches(journal: Path, run: int, after: int, end: End) -> Iterator[tuple[Segment, Batch]]:
+    """A run's batches after batch ``after`` up to its end, each with its open segment."""
+    for path in segments_after(journal, run, after):
         with Segment(path) as segment:
-            for record in records(batch):
-                image = images.get(record.disk)
-                if image is None or record.seq in voided:
-                    continue
+            for batch in segment.batches():
+                if after < batch.number < end.next_batch:
+                    yield segment, batch
+        if path == end.segment:
+            return
+
+
+def replay(journal: Path, run: int, after: int, end: End, images: Mapping[int, Image]) -> int:
+    """Apply a run's batches after batch ``after`` up to its end to the images; returns how many records were applied.
+
+    Raises ImageError if an image refuses.
+    """
+    voided = {r.offset for _, batch in _batches(journal, run, after, end) for r in records(batch) if r.op == fmt.Op.VOID}
+    applied = 0
+    for segment, batch in _batches(journal, run, after, end):
+        for record in records(batch):
+            image = images.get(record.disk)
+            if image is None or record.seq in voided:
+                continue
+            try:
                 if record.op == fmt.Op.WRITE:
                     image.write(segment.payload(record), record.offset)
                 elif record.op in (fmt.Op.ZERO, fmt.Op.DISCARD):
                     image.zero(record.offset, record.length, keep_allocated=bool(record.flags & fmt.FLAG_NO_HOLE))
                 else:
                     continue
-                applied += 1
+            except OSError as error:
+                raise ImageError(
+                    f"{image.path}: cannot be brought to record {end.next_seq - 1}, which the journal holds: {error.strerror}",
+                    "free space where the image is, or repair what it lies on; the journal keeps the record until then",
+                ) from error
+            applied += 1
     return applied
 
 
@@ -140,12 +170,15 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
             # After the host's death any page may be missing: everything since the checkpoint is verified again.
             end = find_end(journal, run, point)
             if end is None:
+                if point == 0:
+                    # The host died before the first record was on stable storage: the run never was.
+                    return None
                 raise CorruptionError(
                     f"{journal}: run {fmt.run_name(run)} did not end cleanly and none of its records is readable",
                     "move the journal directory away and start again: a new base will be made",
                 )
             report(f"run {fmt.run_name(run)} did not end cleanly: bringing its images to record {end.next_seq - 1}")
-            count = replay(journal, run, point, images)
+            count = replay(journal, run, point, end, images)
             for image in images.values():
                 image.sync()
         finally:

@@ -92,6 +92,15 @@ class _Greeting:
         self.deadline_ns = deadline_ns
 
 
+@dataclass(slots=True)
+class _Refused:
+    """What an image refused: records still to be voided, ranges (offset, length) still to be journaled as they are now."""
+
+    disk: Disk
+    seqs: list[int]
+    ranges: list[tuple[int, int]]
+
+
 class Server:
     """Serves the disks of one run until told to stop."""
 
@@ -126,7 +135,8 @@ class Server:
         self._controls: set[ControlClient] = set()
         self._listeners: list[socket.socket] = []
         self._held: list[Connection] = []
-        self._unvoided: list[tuple[list[int], int]] = []
+        self.refused: list[_Refused] = []
+        """What ``settle`` is to do before anything else is journaled."""
         self._stopping = False
         self._hold_began_ns = 0
         self._ticks = 0
@@ -178,6 +188,8 @@ class Server:
         if self._ticks % CHECKPOINT_SECONDS == 0 or self.policy.checkpoint_due(self.writer, self.state):
             self.durability.checkpoint()
         self._declare_dropped()
+        if self.refused:
+            self.settle()
         now = time.monotonic_ns()
         for greeting in [g for g in self._greetings.values() if g.deadline_ns < now]:
             self._drop_greeting(greeting)
@@ -323,12 +335,12 @@ class Server:
 
     # -- a journal that can't take more
 
-    def hold(self, connection: Connection) -> None:
+    def hold(self, connection: Connection, reason: str) -> None:
         """The journal has no room for this client's batch: serve nothing of it until it has."""
         self._epoll.modify(connection.sock.fileno(), 0)
         if not self._hold_began_ns:
             self._hold_began_ns = time.monotonic_ns()
-            self.events.write("journal.full", policy=self.policy.name, journal=str(self.journal))
+            self.events.write("journal.full", policy=self.policy.name, journal=str(self.journal), reason=reason)
         if connection not in self._held:
             self._held.append(connection)
         self.durability.checkpoint()
@@ -348,6 +360,8 @@ class Server:
 
     def record_event(self, kind: fmt.Event, content: dict[str, Any]) -> int | None:
         """Write an event record; its seq, or None if the journal has no room now."""
+        if self.refused and not self.settle():
+            return None
         try:
             seq = self.writer.event(kind, content)
         except JournalFull:
@@ -355,17 +369,42 @@ class Server:
         self.state.set_applied(self.writer.next_batch - 1)
         return seq
 
-    def image_refused(self, disk: Disk, seqs: list[int], errors: list[int]) -> None:
-        """Void records whose image writes failed, and tell."""
+    def image_refused(self, disk: Disk, seqs: list[int], ranges: list[tuple[int, int]], errors: list[int]) -> None:
+        """The image refused records of the last batch: void them, and journal what it holds where they went."""
         self.events.write("image.write-failed", disk=disk.target, errors=[os.strerror(e) for e in errors])
-        self._unvoided.append((seqs, disk.index))
-        while self._unvoided:
-            try:
-                self.writer.void(*self._unvoided[0])
-            except JournalFull:
-                return
-            self.state.set_applied(self.writer.next_batch - 1)
-            self._unvoided.pop(0)
+        self.refused.append(_Refused(disk, seqs, ranges))
+        self.settle()
+
+    def settle(self) -> bool:
+        """Write what history still lacks of what the images hold; False if the journal has no room for it.
+
+        Nothing else is journaled before that is done.
+        """
+        try:
+            for refused in list(self.refused):
+                if refused.seqs:
+                    self.writer.void(refused.seqs, refused.disk.index)
+                    refused.seqs = []
+                while refused.ranges:
+                    # A write that failed may have done a part of its work.
+                    self._journal_as_is(refused.disk, *refused.ranges[-1])
+                    refused.ranges.pop()
+                self.refused.remove(refused)
+        except JournalFull:
+            return False
+        self.state.set_applied(self.writer.next_batch - 1)
+        return True
+
+    def _journal_as_is(self, disk: Disk, offset: int, length: int) -> None:
+        try:
+            for extent, is_data in disk.image.allocation(offset, length):
+                end = offset + extent
+                while offset < end:
+                    data = disk.image.read(min(end - offset, self.record_length_max), offset) if is_data else None
+                    self.writer.write(disk.index, offset, data, end - offset)
+                    offset += len(data) if data is not None else end - offset
+        except OSError as error:
+            self.events.write("image.read-failed", disk=disk.target, offset=offset, error=str(error))
 
     # -- instructions
 
@@ -392,7 +431,7 @@ class Server:
             case "mark":
                 self._mark(request, answer)
             case command:
-                answer({"ok": False, "kind": "usage", "message": f"capture knows no instruction {command!r}"})
+                answer({"ok": False, "kind": "usage", "message": f"capture knows no instruction {command!r:.100}"})
 
     def _mark(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         name = request.get("name")

@@ -26,9 +26,10 @@ class Clock:
     ) -> None:
         self._wall = wall
         self._monotonic = monotonic
-        self._anchor = wall() - monotonic()
-        self._last = floor_ns
         self._checked = monotonic()
+        # A branch that is ahead of the wall clock is treated like a step back: its lead is worked off, not waited out.
+        self._anchor = max(wall(), floor_ns) - self._checked
+        self._last = floor_ns
         self._behind = False
 
     def take(self, count: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -17,15 +18,19 @@ class EventLog:
         self.path = Path(path) if path is not None else None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event with the wall time. Without a path, nothing is kept."""
+        """Append an event with the wall time. Without a path, nothing is kept.
+
+        A log that can't be written (its file system is full, say) must not stop what it tells of: the line is lost then.
+        """
         if self.path is None:
             return
         now = time.time_ns()
         stamp = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="microseconds")
         line = json.dumps({"time": stamp, "time_ns": now, "event": event, **fields}) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, line.encode())
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, line.encode())
+            finally:
+                os.close(fd)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from vmrewind.errors import SpaceError
+from vmrewind.errors import CorruptionError, RepositoryError, SpaceError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import (
     SegmentFile,
@@ -32,7 +32,7 @@ SEGMENT_SIZE_MIN: Final = 1 << 20
 
 
 class JournalFull(Exception):
-    """No segment may be used again now; never shown to a user: the journal-full policy decides what it means."""
+    """The journal cannot take more now; never shown to a user: the journal-full policy decides what it means."""
 
 
 class Recycling(enum.Enum):
@@ -45,11 +45,11 @@ class Recycling(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Recycled:
-    """A segment whose records were dropped to make room: ``first_seq`` up to the next segment's."""
+    """A segment whose records were dropped to make room: ``first_seq`` (None: not readable) up to the next segment's."""
 
     run: int
     number: int
-    first_seq: int
+    first_seq: int | None
 
 
 def segment_size(journal_size: int) -> int:
@@ -64,22 +64,28 @@ class SegmentPool:
         self.journal = journal
         self.segment_size = segment_size(journal_size)
         self.segments_max = max(2, journal_size // self.segment_size)
+        self.quota = self.segments_max * self.segment_size
+        """Bytes that segments, live and free, may take."""
         self.stretch = False
         """Rather exceed the quota by a segment than raise JournalFull."""
+        self.dropped: list[Recycled] = []
+        """History that was recycled to make room, for the caller to declare and clear."""
         self._free: list[Path] = []
 
     def allot(self) -> None:
         """Reserve all of the space; raises SpaceError if it is not there. Call once, before the VM starts."""
         self.journal.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._free = []
+        made: list[Path] = []
+        room = self.quota - self._used()
         for path in sorted(self.journal.glob("free-*.seg")):
-            if path.stat().st_size == self.segment_size:
+            if path.stat().st_size == self.segment_size <= room:
                 self._free.append(path)
+                room -= self.segment_size
             else:
                 path.unlink()
-        live = len(segment_files(self.journal))
         serial = 0
-        while live + len(self._free) < self.segments_max:
+        while room >= self.segment_size:
             path = self.journal / f"free-{serial:08d}.seg"
             serial += 1
             if path.exists():
@@ -88,13 +94,17 @@ class SegmentPool:
                 self._preallocate(path)
             except SpaceError:
                 # Give back what was taken: a start that fails leaves the file system as it found it.
-                for made in self.journal.glob("free-*.seg"):
-                    made.unlink()
+                for taken in made:
+                    taken.unlink()
                 raise
-            self._free.append(path)
-        while self._free and live + len(self._free) > self.segments_max:
-            self._free.pop().unlink()
+            made.append(path)
+            room -= self.segment_size
+        self._free += made
         sync_directory(self.journal)
+
+    def _used(self) -> int:
+        """Bytes that the live segments take; another size than this pool's, when the journal was resized, counts as it is."""
+        return sum(file.path.stat().st_size for file in segment_files(self.journal))
 
     def _preallocate(self, path: Path) -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -104,65 +114,96 @@ class SegmentPool:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            wanted = self.segments_max * self.segment_size >> 20
             raise SpaceError(
-                f"{self.journal}: no room for a journal of {wanted} MiB ({error.strerror})",
+                f"{self.journal}: no room for a journal of {self.quota >> 20} MiB ({error.strerror})",
                 "free space there, set journal_size smaller, or set journal to another directory",
             ) from error
         finally:
             os.close(fd)
 
-    def take(self, header: SegmentHeader, may_recycle: Callable[[SegmentFile], Recycling]) -> tuple[int, int, list[Recycled]]:
-        """Make a segment with this header (its size is filled in).
+    def take(self, header: SegmentHeader, may_recycle: Callable[[SegmentFile], Recycling]) -> tuple[int, int]:
+        """Make a segment with this header (its size is filled in); returns its file descriptor and its size in bytes.
 
-        Returns its file descriptor, its size in bytes, and what history was dropped for it. Raises JournalFull. The caller
-        makes the directory entry durable before it promises anything about the segment's content.
+        What history is lost by it is added to ``dropped``. Raises JournalFull. The caller makes the directory entry durable
+        before it promises anything about the segment's content.
         """
-        dropped: list[Recycled] = []
-        path = self._free.pop() if self._free else self._recycle(may_recycle, dropped)
+        try:
+            if self._free:
+                path = self._free[-1]
+                fd = self._open_locked(path)
+                self._free.pop()
+            else:
+                path, fd = self._recycle(may_recycle)
+        except OSError as error:
+            raise JournalFull(f"no segment can be had: {error}") from error
+        try:
+            size = os.fstat(fd).st_size
+            os.pwrite(fd, pack_segment_header(replace(header, size=size)), 0)
+            os.rename(path, self.journal / fmt.segment_name(header.run, header.number))
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        except OSError as error:
+            os.close(fd)
+            self._free.insert(0, path)
+            raise JournalFull(f"{path}: cannot be made a segment: {error}") from error
+        return fd, size
+
+    @staticmethod
+    def _open_locked(path: Path) -> int:
+        """Open a file that no reader has: exclusive until its new header is in place."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        # Exclusive until the new header is in place: a reader that comes now waits, and then sees that its segment is gone.
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        size = os.fstat(fd).st_size
-        os.pwrite(fd, pack_segment_header(replace(header, size=size)), 0)
-        os.rename(path, self.journal / fmt.segment_name(header.run, header.number))
-        fcntl.flock(fd, fcntl.LOCK_UN)
-        return fd, size, dropped
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
-    def _recycle(self, may_recycle: Callable[[SegmentFile], Recycling], dropped: list[Recycled]) -> Path:
-        """A segment file to overwrite: the oldest, so that history shrinks from its oldest end and never gets a hole."""
-        live = segment_files(self.journal)
-        for i, segment in enumerate(live):
-            with open(segment.path, "rb") as file:
-                header = unpack_segment_header(file.read(fmt.SEGMENT_HEADER_SIZE), segment.path)
-                verdict = may_recycle(segment)
-                if verdict is Recycling.NO:
-                    break
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return self._beyond_quota(len(live) - i)
+    def _recycle(self, may_recycle: Callable[[SegmentFile], Recycling]) -> tuple[Path, int]:
+        """A segment file to overwrite, open and locked: the oldest, so that history shrinks from its oldest end only.
+
+        It stays locked from before it loses its live name until it has its new header: a reader that opened it by the old name
+        waits for its own lock until then, and sees that its segment is gone.
+        """
+        used = self._used()
+        for segment in segment_files(self.journal):
+            verdict = may_recycle(segment)
+            if verdict is Recycling.NO:
+                break
+            try:
+                fd = self._open_locked(segment.path)
+            except BlockingIOError:
+                # A reader has it. It must not hold up the guest, nor lose what it reads.
+                return self._extra(used, 2 * self.quota)
+            size = os.fstat(fd).st_size
             if verdict is Recycling.DROPS:
-                dropped.append(Recycled(segment.run, segment.number, header.first_seq))
-            if len(live) - i > self.segments_max or header.size != self.segment_size:
-                segment.path.unlink()
-                continue
-            # Taken out of the live names at once: between here and the new header no reader may find it by its old name.
-            free = self.journal / "free-recycled.seg"
-            os.rename(segment.path, free)
-            return free
-        if self.stretch or len(segment_files(self.journal)) < self.segments_max:
-            return self._beyond_quota(0)
-        raise JournalFull
+                self.dropped.append(Recycled(segment.run, segment.number, _first_seq(fd, segment.path)))
+            if size == self.segment_size and used <= self.quota:
+                free = self.journal / "free-recycled.seg"
+                os.rename(segment.path, free)
+                return free, fd
+            # Of another size, or beyond the quota since a reader held the oldest: give its space back.
+            os.unlink(segment.path)
+            os.close(fd)
+            used -= size
+            if used + self.segment_size <= self.quota:
+                break
+        return self._extra(used, self.quota + (self.segment_size if self.stretch else 0))
 
-    def _beyond_quota(self, live: int) -> Path:
-        """A new segment although the quota is used up: a reader holds the oldest, and must not hold up the guest."""
-        if live >= 2 * self.segments_max:
-            raise JournalFull
+    def _extra(self, used: int, limit: int) -> tuple[Path, int]:
+        """A new segment, if ``limit`` bytes of segments in all allow it."""
+        if used + self.segment_size > limit:
+            raise JournalFull("every segment is in use")
         path = self.journal / "free-extra.seg"
         path.unlink(missing_ok=True)
         try:
             self._preallocate(path)
         except SpaceError as error:
-            raise JournalFull from error
-        return path
+            raise JournalFull(str(error)) from error
+        return path, self._open_locked(path)
+
+
+def _first_seq(fd: int, path: Path) -> int | None:
+    try:
+        return unpack_segment_header(os.pread(fd, fmt.SEGMENT_HEADER_SIZE, 0), path).first_seq
+    except (CorruptionError, RepositoryError):
+        return None

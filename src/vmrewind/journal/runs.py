@@ -18,7 +18,6 @@ from typing import Any
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import run_name
 
-
 RESTORE_PENDING = "restore-pending.json"
 """In a journal directory: a restore in place has begun and not ended, so the images hold no moment."""
 

@@ -45,8 +45,7 @@ class StatePage:
             os.close(fd)
         magic, version, _, self.boot, self.run, _, _ = LAYOUT.unpack_from(self._map)
         if magic == bytes(8):
-            LAYOUT.pack_into(self._map, 0, MAGIC, VERSION, 0, boot_id(), 0, 0, 0)
-            self._map.flush()
+            self.begin(0)
         elif magic != MAGIC or version != VERSION:
             raise CorruptionError(f"{path}: not a state page of version {VERSION}", "restore it or move the journal away")
 

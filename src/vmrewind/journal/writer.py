@@ -7,6 +7,7 @@ no process's death can lose them. Durability is the caller's to ask for, by :met
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import xxhash
 
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
-from vmrewind.journal.pool import Recycled, Recycling, SegmentPool
+from vmrewind.journal.pool import JournalFull, Recycled, Recycling, SegmentPool
 from vmrewind.journal.reader import SegmentFile, SegmentHeader
 
 Buffer = bytes | bytearray | memoryview
@@ -49,8 +50,6 @@ class JournalWriter:
         self.segment_number = 0
         self.segment_first_batch = next_batch
         self.last_time_ns = 0
-        self.dropped: list[Recycled] = []
-        """History that was recycled to make room, for the caller to declare and clear."""
         self._fd = -1
         self._position = 0
         self._size = 0
@@ -64,29 +63,44 @@ class JournalWriter:
 
     table_at: Final = fmt.BATCH.size
 
-    def resume(self, path: Path, number: int, position: int) -> None:
-        """Continue a run's last segment behind its last valid batch, which ends at ``position``."""
+    def resume(self, path: Path, number: int, position: int, unsynced: Sequence[Path] = ()) -> None:
+        """Continue a run's last segment behind its last valid batch, which ends at ``position``.
+
+        ``unsynced`` are the run's earlier segments that may not be on stable storage: the next flush promises that they are.
+        """
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._size = os.fstat(self._fd).st_size
         self._position = position
+        self._unsynced = [os.open(earlier, os.O_RDWR | os.O_CLOEXEC) for earlier in unsynced]
         self.segment_number = number
-        self._dirty = True
+        self._dirty = self._rolled = True
 
     @property
     def payload_max(self) -> int:
         """Most payload bytes that fit into one batch of any number of records."""
-        return self._pool.segment_size - fmt.SEGMENT_HEADER_SIZE - len(self._head)
+        return self._pool.segment_size - fmt.SEGMENT_HEADER_SIZE - 2 * len(self._head)
+
+    @property
+    def dropped(self) -> list[Recycled]:
+        """History that was recycled to make room, for the caller to declare and clear."""
+        return self._pool.dropped
 
     def commit(self, count: int, payloads: Sequence[Buffer], payload_length: int) -> int:
         """Write a batch of ``count`` records already packed into ``table``.
 
-        ``payloads`` are the records' payloads in order, padding included; ``payload_length`` is their total in bytes. Returns
-        the first record's seq. Raises JournalFull (nothing was written) or OSError (nothing of the batch counts).
+        ``payloads`` are the records' payloads in order, padding included, in at most 1,023 buffers (the kernel's IOV_MAX with the
+        table); ``payload_length`` is their total in bytes. Returns the first record's seq. Raises JournalFull if there is no room or
+        the journal's storage refuses: nothing of it counts then.
+
+        As much space as voiding all of these records takes is left behind them: what the image refuses can always be voided.
         """
+        return self._append(count, payloads, payload_length, fmt.BATCH.size + count * fmt.RECORD.size)
+
+    def _append(self, count: int, payloads: Sequence[Buffer], payload_length: int, reserve: int) -> int:
         head_length = fmt.BATCH.size + count * fmt.RECORD.size
         length = head_length + payload_length
-        if self._position + length > self._size:
-            self._roll(length)
+        if self._position + length + reserve > self._size:
+            self._roll(length + reserve)
         head = self._head
         seq = self.next_seq
         time_ns = self._clock.take(count)
@@ -94,9 +108,15 @@ class JournalWriter:
         fmt.BATCH.pack_into(head, 0, fmt.BATCH_MAGIC, 0, self.run, self.next_batch, time_ns, seq, count, 0, payload_length)
         checksum = _xxh3(self._head_view[fmt.BATCH_CHECKED_FROM : head_length])
         head[8:16] = checksum.to_bytes(8, "little")
-        written = os.pwritev(self._fd, (self._head_view[:head_length], *payloads), self._position)
-        if written != length:
-            self._write_rest(written, (self._head_view[:head_length], *payloads))
+        try:
+            written = os.pwritev(self._fd, (self._head_view[:head_length], *payloads), self._position)
+            if written != length:
+                self._write_rest(written, (self._head_view[:head_length], *payloads))
+        except OSError as error:
+            # What did get there must not be taken for a batch, whose writes the images don't have.
+            with contextlib.suppress(OSError):
+                os.pwrite(self._fd, bytes(fmt.BATCH.size), self._position)
+            raise JournalFull(f"segment {self.segment_number}: {error}") from error
         self._position += length
         self.next_seq = seq + count
         self.next_batch += 1
@@ -116,17 +136,27 @@ class JournalWriter:
         padded = fmt.padded(len(payload))
         return self.commit(1, (payload.ljust(padded, b"\0"),), padded)
 
+    def write(self, disk: int, offset: int, data: bytes | None, length: int) -> int:
+        """Write one WRITE record with ``data``, or one ZERO record of ``length`` bytes, in a batch of its own; returns its seq."""
+        if data is None:
+            fmt.RECORD.pack_into(self.table, self.table_at, offset, length, disk, fmt.Op.ZERO, 0, 0)
+            return self.commit(1, (), 0)
+        fmt.RECORD.pack_into(self.table, self.table_at, offset, len(data), disk, fmt.Op.WRITE, 0, _xxh3(data))
+        padding = _PADDING[-len(data) & 7]
+        return self.commit(1, (data, padding), len(data) + len(padding))
+
     def void(self, seqs: Sequence[int], disk: int) -> None:
-        """Write that the records ``seqs`` never happened: the image refused them."""
+        """Write that the records ``seqs``, of the last batch, never happened: the image refused them."""
         for i, seq in enumerate(seqs):
             fmt.RECORD.pack_into(self.table, self.table_at + i * fmt.RECORD.size, seq, 0, disk, fmt.Op.VOID, 0, 0)
-        self.commit(len(seqs), (), 0)
+        self._append(len(seqs), (), 0, 0)
 
     def _roll(self, length: int) -> None:
+        """Go on in a segment with room for ``length`` bytes."""
         header = SegmentHeader(
             self._uuid, self.run, self.segment_number + 1, self.next_seq, self.next_batch, self._clock.take(1), 0
         )
-        fd, size, dropped = self._pool.take(header, self._may_recycle)
+        fd, size = self._pool.take(header, self._may_recycle)
         assert fmt.SEGMENT_HEADER_SIZE + length <= size, "a batch never exceeds a segment"
         if self._fd >= 0:
             self._unsynced.append(self._fd)
@@ -135,7 +165,6 @@ class JournalWriter:
         self.segment_number += 1
         self._rolled = True
         self.segment_first_batch = self.next_batch
-        self.dropped.extend(dropped)
 
     @property
     def dirty(self) -> bool:

@@ -65,6 +65,10 @@ class Handshake:
         """Whether BLOCK_STATUS was negotiated for the chosen export."""
         return self.structured and self.chosen is not None and self._context_export == self.chosen.name
 
+    def _flags(self, export: ExportInfo) -> int:
+        """The transmission flags: fragments exist only in structured replies, so only they can be told not to occur."""
+        return export.flags if self.structured else export.flags & ~nbd.FLAG_SEND_DF
+
     def feed(self, data: bytes | memoryview) -> bytes:
         """Take what the client sent, return what to answer. Raises ProtocolError."""
         self.buffer += data
@@ -150,7 +154,7 @@ class Handshake:
         export = self._find(data)
         if export is None:
             raise ProtocolError("EXPORT_NAME of an unknown export: the protocol knows no other answer than to close")
-        out += struct.pack(">QH", export.size, export.flags)
+        out += struct.pack(">QH", export.size, self._flags(export))
         if not self._no_zeroes:
             out += nbd.EXPORT_NAME_ZEROES
         self.chosen = export
@@ -174,7 +178,7 @@ class Handshake:
         if export is None:
             self._reply(out, option, nbd.REP_ERR_UNKNOWN)
             return
-        self._reply(out, option, nbd.REP_INFO, struct.pack(">HQH", nbd.INFO_EXPORT, export.size, export.flags))
+        self._reply(out, option, nbd.REP_INFO, struct.pack(">HQH", nbd.INFO_EXPORT, export.size, self._flags(export)))
         sizes = struct.pack(
             ">HIII",
             nbd.INFO_BLOCK_SIZE,
