@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -61,6 +61,7 @@ class LibvirtHost:
         # the hook's script carries these to processes that QEMU's user must reach
         Path(os.environ["VMREWIND_RUNTIME_DIR"]).chmod(0o711)
         self.log = self.directory / "libvirtd.log"
+        self._namespace = -1
         private = self.directory / "private"
         private.mkdir()
         cache = cache_directory() / "libvirt"
@@ -79,11 +80,10 @@ class LibvirtHost:
 
     def __enter__(self) -> Self:
         try:
-            deadline = time.monotonic() + START_TIMEOUT_SECONDS
-            while self.virsh("version", check=False).returncode != 0:
-                if self._daemon.poll() is not None or time.monotonic() > deadline:
-                    raise AssertionError(f"libvirtd did not come up:\n{self.log.read_text()}")
-                time.sleep(0.02)
+            # before that name is there, the process may still be in the host's namespace
+            self._wait_for(lambda: Path(f"/proc/{self._daemon.pid}/comm").read_text() == "libvirtd\n")
+            self._namespace = os.open(f"/proc/{self._daemon.pid}/ns/mnt", os.O_RDONLY)
+            self._wait_for(lambda: self.virsh("version", check=False).returncode == 0)
         except BaseException:
             self._stop()
             raise
@@ -99,9 +99,11 @@ class LibvirtHost:
     def _stop(self) -> None:
         # what is left when a test failed half-way: nothing of it may outlive the test
         run = Path(f"/proc/{self._daemon.pid}/root/run/libvirt/qemu")
-        left = [int(path.read_text()) for path in run.glob("*.pid")]
+        left = [int(path.read_text()) for path in run.glob("*.pid")] if self._namespace >= 0 else []
         self._daemon.kill()
         self._daemon.wait()
+        if self._namespace >= 0:
+            os.close(self._namespace)
         for keeper in Path(os.environ["VMREWIND_RUNTIME_DIR"]).glob("*/keeper.json"):
             keeping = Keeping.read(VmPaths(keeper.parent.name))
             if keeping is not None:
@@ -111,19 +113,35 @@ class LibvirtHost:
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def run(
-        self, *command: str | Path, check: bool = True, env: Mapping[str, str] | None = None, stdin: str | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while not condition():
+            if self._daemon.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"libvirtd did not come up:\n{self.log.read_text()}")
+            time.sleep(0.02)
+
+    def restart(self) -> None:
+        """Kill libvirtd, as an upgrade or a crash does, and start it again; domains run on meanwhile."""
+        self._daemon.kill()
+        self._daemon.wait()
+        with self.log.open("ab") as log:
+            command = [*self._entering, "setpriv", "--pdeathsig", "KILL", "libvirtd"]
+            self._daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self._namespace])
+        self._wait_for(lambda: self.virsh("version", check=False).returncode == 0)
+
+    @property
+    def _entering(self) -> list[str]:
+        return ["nsenter", f"--mount=/proc/self/fd/{self._namespace}", "--"]
+
+    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command inside the namespace; with ``check``, its failure fails the test with its output."""
-        entered = ["nsenter", f"--mount=/proc/{self._daemon.pid}/ns/mnt", "--", *map(str, command)]
         done = subprocess.run(
-            entered,
-            input=stdin,
+            [*self._entering, *map(str, command)],
             capture_output=True,
             text=True,
             check=False,
             timeout=RUN_TIMEOUT_SECONDS,
-            env=os.environ | dict(env or {}),
+            pass_fds=[self._namespace],
         )
         if check and done.returncode != 0:
             raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -136,6 +154,20 @@ class LibvirtHost:
     def vmrewind(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run vmrewind."""
         return self.run(sys.executable, "-P", "-m", "vmrewind.cli.main", *arguments, check=check)
+
+    @property
+    def repository(self) -> Path:
+        """A repository, made when it is first asked for."""
+        path = self.directory / "repository"
+        if not path.exists():
+            self.vmrewind("init", path)
+        return path
+
+    def protect(self, name: str, *targets: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """Protect disks of a domain. The journal is small: it is preallocated."""
+        disks = [word for target in targets for word in ("--disk", target)]
+        small = ["--journal-size", "256MiB"]
+        return self.vmrewind("protect", name, *disks, "--repository", self.repository, *small, *options)
 
     def define(self, xml: str) -> None:
         """Define a domain."""

@@ -41,12 +41,6 @@ def domain(*disks: str, name: str = "web01", extra: str = "") -> str:
 <devices>{"".join(disks)}<graphics type='vnc' passwd='sekrit'/></devices></domain>"""
 
 
-def repository(host: LibvirtHost) -> Path:
-    path = host.directory / "repository"
-    host.vmrewind("init", path)
-    return path
-
-
 def test_protect_and_unprotect_leave_the_xml_byte_for_byte_as_it_was(host: LibvirtHost) -> None:
     raw, base, top = host.directory / "a.raw", host.directory / "base.raw", host.directory / "top.qcow2"
     images.raw_image(raw, MIB)
@@ -65,22 +59,7 @@ def test_protect_and_unprotect_leave_the_xml_byte_for_byte_as_it_was(host: Libvi
             )
         )
         before = host.stored_xml("web01")
-        there = host.directory / "repository"
-        if not there.exists():
-            repository(host)
-        arguments = [
-            "protect",
-            "web01",
-            "--disk",
-            "vda",
-            "--disk",
-            "vdb",
-            "--disk",
-            "vdc",
-            "--repository",
-            there,
-        ]
-        report = json.loads(host.vmrewind(*arguments, "--json").stdout)
+        report = json.loads(host.protect("web01", "vda", "vdb", "vdc", options=["--json"]).stdout)
         assert report["added"] == ["vda", "vdb", "vdc"]
         protected = host.stored_xml("web01")
         config = parse_domain(protected.encode())
@@ -88,7 +67,7 @@ def test_protect_and_unprotect_leave_the_xml_byte_for_byte_as_it_was(host: Libvi
         found = {disk.target: (disk.image, disk.format) for disk in config.protection.disk}
         assert found == {"vda": (str(raw), "raw"), "vdb": (str(top), "qcow2"), "vdc": (str(device), "raw")}
         assert f"<source file='{base}'/>" in protected
-        assert host.vmrewind(*arguments).stdout.count("(as before)") == 3
+        assert host.protect("web01", "vda", "vdb", "vdc").stdout.count("(as before)") == 3
         assert host.stored_xml("web01") == protected
         assert json.loads(host.vmrewind("unprotect", "web01", "--json").stdout)["disks"] == ["vda", "vdb", "vdc"]
         assert host.stored_xml("web01") == before
@@ -101,7 +80,7 @@ def test_what_cannot_be_protected_is_refused_and_nothing_changes(host: LibvirtHo
     raw = images.raw_image(host.directory / "a.raw", MIB)
     host.define(domain(disk("vda", raw), disk("vdb", host.directory / "absent.raw"), disk("vdc", Path("/dev/null"))))
     before = host.stored_xml("web01")
-    there = str(repository(host))
+    there = str(host.repository)
 
     def refused(kind: type[Exception], *arguments: str) -> str:
         done = host.vmrewind("protect", *arguments, "--json", check=False)
@@ -131,7 +110,7 @@ def test_a_protected_domain_starts_writes_through_its_keeper_and_stops(host: Lib
     images.raw_image(base, MIB)
     images.qcow2_overlay(top, base)
     host.define(domain(disk("vda", raw), disk("vdb", top, "qcow2")))
-    host.vmrewind("protect", "web01", "--disk", "vda", "--disk", "vdb", "--repository", repository(host))
+    host.protect("web01", "vda", "vdb")
     host.virsh("start", "web01")
     keeping = running(VmPaths("web01"))
     assert keeping is not None
@@ -162,7 +141,7 @@ def test_a_protected_domain_starts_writes_through_its_keeper_and_stops(host: Lib
 def test_a_protected_domain_is_known_by_its_name_before_its_first_start(host: LibvirtHost) -> None:
     raw = images.raw_image(host.directory / "a.raw", MIB)
     host.define(domain(disk("vda", raw)))
-    host.vmrewind("protect", "web01", "--disk", "vda", "--repository", repository(host))
+    host.protect("web01", "vda")
     assert "sekrit" not in VmPaths("web01").config.read_text()
     host.vmrewind("backup", "web01")
     host.virsh("start", "web01")
@@ -174,7 +153,7 @@ def test_a_protected_domain_is_known_by_its_name_before_its_first_start(host: Li
 def test_a_start_that_fails_says_why_and_leaves_nothing_behind(host: LibvirtHost) -> None:
     raw = images.raw_image(host.directory / "a.raw", MIB)
     host.define(domain(disk("vda", raw)))
-    host.vmrewind("protect", "web01", "--disk", "vda", "--repository", repository(host))
+    host.protect("web01", "vda")
     raw.rename(host.directory / "moved.raw")
     started = host.virsh("start", "web01", check=False)
     assert started.returncode != 0
@@ -192,7 +171,7 @@ def test_domains_without_protection_are_left_alone_beside_a_protected_one(host: 
     two = images.raw_image(host.directory / "b.raw", MIB)
     host.define(domain(disk("vda", one)))
     host.define(domain(disk("vda", two), name="web02"))
-    host.vmrewind("protect", "web01", "--disk", "vda", "--repository", repository(host))
+    host.protect("web01", "vda")
     host.virsh("start", "web02")
     assert not VmPaths("web02").state.exists()
     host.virsh("destroy", "web02")
@@ -201,7 +180,7 @@ def test_domains_without_protection_are_left_alone_beside_a_protected_one(host: 
 def test_a_migration_of_a_protected_domain_is_refused_and_a_running_one_cannot_be_unprotected(host: LibvirtHost) -> None:
     raw = images.raw_image(host.directory / "a.raw", MIB)
     host.define(domain(disk("vda", raw)))
-    host.vmrewind("protect", "web01", "--disk", "vda", "--repository", repository(host))
+    host.protect("web01", "vda")
     host.virsh("start", "web01")
     done = host.vmrewind("unprotect", "web01", check=False)
     assert done.returncode == VmStateError.exit_code
@@ -210,3 +189,35 @@ def test_a_migration_of_a_protected_domain_is_refused_and_a_running_one_cannot_b
     assert moved.returncode != 0
     assert "this version cannot migrate a protected VM" in moved.stderr
     assert host.virsh("domstate", "web01").stdout.strip() == "running"
+
+
+def test_a_restart_of_libvirtd_leaves_a_protected_vm_running(host: LibvirtHost) -> None:
+    raw = images.raw_image(host.directory / "a.raw", MIB)
+    host.define(domain(disk("vda", raw)))
+    host.protect("web01", "vda")
+    host.virsh("start", "web01")
+    before = running(VmPaths("web01"))
+    host.restart()
+    assert host.virsh("domstate", "web01").stdout.strip() == "running"
+    assert running(VmPaths("web01")) == before
+    host.virsh("destroy", "web01")
+    assert running(VmPaths("web01")) is None
+
+
+def test_a_vm_that_may_start_unprotected_does_and_is_protected_again_at_its_next_start(host: LibvirtHost) -> None:
+    raw = images.raw_image(host.directory / "a.raw", MIB)
+    there = host.repository
+    host.define(domain(disk("vda", raw)))
+    host.protect("web01", "vda", options=["--on-failure", "start-unprotected"])
+    there.rename(host.directory / "unmounted")
+    host.virsh("start", "web01")
+    keeping = running(VmPaths("web01"))
+    assert keeping is not None
+    assert keeping.capture is None
+    host.virsh("destroy", "web01")
+    assert running(VmPaths("web01")) is None
+    (host.directory / "unmounted").rename(there)
+    host.virsh("start", "web01")
+    keeping = running(VmPaths("web01"))
+    assert keeping is not None
+    assert keeping.capture is not None
