@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.history_tools import MadeHistory
+from tests.history_tools import T0, MadeHistory
 from vmrewind.errors import CorruptionError, MomentError
+from vmrewind.history.activity import events, writes
 from vmrewind.history.resolve import resolve
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
@@ -72,6 +73,16 @@ def test_damage_in_the_last_segment_is_not_taken_for_its_end(made: MadeHistory) 
             assert f"(seq:{batches[0].last_seq})" in caught.value.hint
 
 
+def test_damage_just_before_the_last_batch_is_not_taken_for_a_torn_tail(made: MadeHistory) -> None:
+    path = made.segment_paths()[-1]
+    with Segment(path) as segment:
+        batches = list(segment.batches())
+    flip(path, batches[-2].position + 20)
+    (report,) = [r for r in verify([path]) if r.path == path]
+    assert [problem.offset for problem in report.problems] == [batches[-2].position]
+    assert report.torn is None
+
+
 def test_a_damaged_header_is_a_hole(made: MadeHistory) -> None:
     path = made.segment_paths()[1]
     with Segment(path) as segment:
@@ -118,6 +129,38 @@ def test_a_damaged_payload_is_named_and_had_from_the_repository_if_it_is_there(m
         assert view.read(0, view.size) == made.disk("vda").states[seq]
 
 
+def test_a_damaged_object_is_a_hole_unless_another_source_has_its_records(made: MadeHistory) -> None:
+    made.ship_runs()
+    last = max(made.times)
+    made.ship(made.run, 1, 20)
+    damaged = made.ship(made.run, 21, 40)
+    made.ship(made.run, 41, last)
+    path = made.repository_path / damaged.key
+    path.chmod(0o600)
+    flip(path, 150)
+    with made.open() as history:
+        assert resolve(history, history.branch(), "latest", ["vda"], made.now_ns).seq == last, "the journal has all of it"
+    with made.open(local=False) as history:
+        branch = history.branch()
+        with pytest.raises(MomentError, match=damaged.key) as caught:
+            resolve(history, branch, "seq:30", ["vda"], made.now_ns)
+        assert "(seq:20)" in caught.value.hint
+        view = View.open(history, "vda", resolve(history, branch, "seq:20", ["vda"], made.now_ns))
+        assert view.read(0, view.size) == made.disk("vda").states[20]
+        assert [event.position.seq for event in events(history, branch)] == [1]
+        assert int(writes(history, branch, T0, made.now_ns, 4).operations.sum()) == last - 1 - 20
+    # The payload of an object: found when it is read, with the record that it belongs to.
+    flip(path, 150)
+    flip(path, path.stat().st_size - 5)
+    with made.open(local=False) as history:
+        position = resolve(history, history.branch(), "seq:40", ["vda"], made.now_ns)
+        with pytest.raises(CorruptionError, match=rf"{damaged.key}.*\(record 40\)"):
+            View.open(history, "vda", position).read(0, 64 * K)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(40))
+        assert view.read(0, view.size) == made.disk("vda").states[40]
+
+
 def test_a_torn_tail_is_the_end_and_no_damage(made: MadeHistory) -> None:
     path = made.segment_paths()[-1]
     last = max(made.times)
@@ -148,7 +191,7 @@ def test_verify_finds_and_locates_every_flipped_byte(made: MadeHistory) -> None:
         end = batches[-1].end
         # One byte of each kind, and some anywhere: the parts of a batch, the header, its padding, the payloads' padding.
         places = {0, 9, 100, 200, fmt.SEGMENT_HEADER_SIZE - 1, end - 1}
-        for batch in (batches[0], batches[len(batches) // 2], batches[-1]):
+        for batch in (batches[0], batches[len(batches) // 2], batches[-2], batches[-1]):
             places |= {
                 batch.position,
                 batch.position + 9,

@@ -48,7 +48,7 @@ def test_what_is_seen_of_a_growing_journal_is_whole(tmp_path: Path) -> None:
         assert writer.stdout.readline() == b"ready\n"
         repository = Repository.open(str(tmp_path / "repo")).vm(VM)
         seen = []
-        while len(seen) < 12:
+        while len(seen) < 8:
             with History.open(VM, tmp_path / "journal", repository) as history:
                 branch = history.branch()
                 # The writer's clock is not ours.

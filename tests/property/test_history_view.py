@@ -62,7 +62,7 @@ records = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(records, min_size=1, max_size=4), st.data())
 def test_every_moment_of_every_disk_equals_the_model(
     batches: list[list[tuple[Op, str, tuple[int, int], int]]], data: st.DataObject

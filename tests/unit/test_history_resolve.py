@@ -108,6 +108,7 @@ def test_after_a_clean_stop_time_goes_on_and_the_next_run_continues(made: MadeHi
 def test_a_rewind_makes_a_branch_and_both_can_be_restored(made: MadeHistory) -> None:
     back = made.position(3)
     abandoned = {seq: made.disk("vda").states[seq] for seq in (4, 5)}
+    made_time_4 = made.times[4]
     end = made.stop()
     old = made.run
     made.go_back(back)
@@ -120,6 +121,8 @@ def test_a_rewind_makes_a_branch_and_both_can_be_restored(made: MadeHistory) -> 
         position = resolve(history, history.branch(), "seq:5", ["vda"], made.now_ns)
         assert position.run == made.run
         assert View.open(history, "vda", position).read(0, 64 * K) == made.disk("vda").states[5]
+        assert where(made, history, format_time(made_time_4 - 1)) == 3
+        refused(made, history, format_time(made_time_4))
         # The time that was given up does not belong to the new branch, and is refused with where it is found.
         error = refused(made, history, format_time(end.time_ns))
         assert "taken back to record 3" in str(error)

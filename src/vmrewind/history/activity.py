@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from vmrewind.errors import CorruptionError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
-from vmrewind.history.records import with_rows
+from vmrewind.history.records import Piece, RunRecords, with_rows
 from vmrewind.history.rows import between
+from vmrewind.history.sources import DamagedObject
 from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
 from vmrewind.repository.segment import Rows
@@ -43,7 +45,7 @@ class Writes:
 def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
     """The events on a branch, in order."""
     for leg in branch.legs:
-        for piece, every in with_rows(history.records(leg.info.run).event_pieces()):
+        for piece, every in _readable(history.records(leg.info.run), None):
             rows = _on_branch(every, leg.cut)
             for row in rows[rows["op"] == fmt.Op.EVENT]:
                 seq, kind = int(row["seq"]), int(row["flags"])
@@ -71,7 +73,7 @@ def writes(history: History, branch: Branch, since_ns: int, until_ns: int, bucke
     for leg in branch.legs:
         records = history.records(leg.info.run)
         for disk in leg.info.disks:
-            for _, every in with_rows(records.pieces(disk.index)):
+            for _, every in _readable(records, disk.index):
                 rows = _on_branch(every, leg.cut)
                 rows = rows[(rows["op"] == fmt.Op.WRITE) & (rows["disk"] == disk.index)]
                 at = np.searchsorted(edges, rows["time_ns"].astype(np.int64), side="right") - 1
@@ -79,6 +81,19 @@ def writes(history: History, branch: Branch, since_ns: int, until_ns: int, bucke
                 total_operations += np.bincount(at[inside], minlength=buckets)
                 total_bytes += np.bincount(at[inside], rows["length"][inside], buckets).astype(np.int64)
     return Writes(edges, total_bytes, total_operations)
+
+
+def _readable(records: RunRecords, disk: int | None) -> Iterator[tuple[Piece, Rows]]:
+    """The pieces of a disk (None: of the whole VM) with their rows, doing without damaged objects."""
+    while True:
+        pieces = records.event_pieces() if disk is None else records.pieces(disk)
+        try:
+            # Once through, to find out; most tables stay in the cache for the second time.
+            deque(with_rows(pieces), maxlen=0)
+        except DamagedObject as error:
+            records.leave_out(error)
+            continue
+        return with_rows(pieces)
 
 
 def _on_branch(rows: Rows, cut: int | None) -> Rows:

@@ -17,7 +17,7 @@ from vmrewind.errors import MomentError, RepositoryError, VmrewindError
 from vmrewind.history.branch import Branch, branch_of, choose_run, merge_runs
 from vmrewind.history.coverage import Coverage, cover
 from vmrewind.history.records import RunRecords
-from vmrewind.history.sources import BrokenFile, LocalSource, ShippedSource, object_cache, open_journal
+from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, object_cache, open_journal
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Head, RunInfo, local_runs, read_head
@@ -130,8 +130,11 @@ class History:
     def coverage(self, target: str, branch: Branch) -> Coverage:
         """In which intervals every moment of a disk can be restored."""
         key = (target, branch.run)
-        if key not in self._coverages:
-            self._coverages[key] = cover(self, branch, target)
+        while key not in self._coverages:
+            try:
+                self._coverages[key] = cover(self, branch, target)
+            except DamagedObject as error:
+                self.records(error.source.run).leave_out(error)
         return self._coverages[key]
 
     @functools.cached_property

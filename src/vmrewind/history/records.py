@@ -14,7 +14,7 @@ import numpy as np
 
 from vmrewind.errors import CorruptionError
 from vmrewind.history.rows import between, last_at, of_disk
-from vmrewind.history.sources import BrokenFile, LocalSource, ShippedSource, Source
+from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, Source
 from vmrewind.journal.format import run_name
 from vmrewind.repository.segment import Rows
 
@@ -55,6 +55,7 @@ class RunRecords:
         self.local = sorted(local, key=lambda source: source.first)
         self.shipped = sorted(shipped, key=lambda source: (source.first, source.last))
         self.broken = broken
+        self._left_out: list[tuple[ShippedSource, str]] = []
         self._pieces: dict[int, list[Piece]] = {}
 
     def pieces(self, disk: int) -> list[Piece]:
@@ -64,9 +65,11 @@ class RunRecords:
             self._pieces[disk] = _merge(self._local_pieces(), shipped)
         return self._pieces[disk]
 
-    def all_sources(self) -> list[Source]:
-        """Every source, for those who look at records of all disks; parts may be there twice."""
-        return [*self.local, *self.shipped]
+    def leave_out(self, damaged: DamagedObject) -> None:
+        """Do without an object that turned out to be damaged."""
+        self.shipped.remove(damaged.source)
+        self._left_out.append((damaged.source, str(damaged)))
+        self._pieces.clear()
 
     def event_pieces(self) -> list[Piece]:
         """Disjoint pieces that hold every known record of the whole VM: any source has those, whatever its disks."""
@@ -130,6 +133,9 @@ class RunRecords:
             after = [source.first for source in self.local if source.number > file.number]
             if max(before, default=0) < first and last < min(after, default=1 << 64):
                 return f"{which}: {file.message}"
+        for object_, message in self._left_out:
+            if object_.first <= first <= object_.last:
+                return f"{which}: {message}"
         if self.local:
             if last < self.local[0].first:
                 return f"{which} were recycled before they were shipped"

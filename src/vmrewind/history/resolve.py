@@ -81,9 +81,7 @@ class _Resolver:
             first = self._branch.legs[0].info
             time_ns = self._coverages[0].intervals[0].first.time_ns
             raise MomentError(f"{text}: the history begins with record {first.first_seq}", self._nearest(time_ns))
-        info, cut = self._branch.legs[at].info, self._branch.legs[at].cut
-        if cut is not None and seq > cut:
-            raise MomentError(f"{text}: there is no record {seq} on this branch", self._branches())
+        info = self._branch.legs[at].info
         time_ns = 0
         known_end = 0
         for target in self._targets:
@@ -125,7 +123,8 @@ class _Resolver:
         return position
 
     def _outside(self, coverage: Coverage, time_ns: int, text: str) -> MomentError:
-        gap = coverage.gap_at(time_ns)
+        # A record inside a gap may be known by the time of the last one before the gap only.
+        gap = coverage.gap_at(time_ns) or coverage.gap_at(time_ns + 1)
         if gap is not None:
             why = gap.cause
         elif time_ns < coverage.intervals[0].first.time_ns:

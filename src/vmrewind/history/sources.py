@@ -145,6 +145,14 @@ class BrokenFile:
     message: str
 
 
+class DamagedObject(CorruptionError):
+    """A segment object whose table cannot be read: its records are a hole, unless another source has them."""
+
+    def __init__(self, source: ShippedSource, error: CorruptionError) -> None:
+        super().__init__(str(error), error.hint)
+        self.source = source
+
+
 def object_cache(bytes_max: int = 256 << 20) -> Lru[ShippedSegment]:
     """A cache of opened objects, bounded by what their tables and the frames that each keeps may take, bytes."""
     return Lru(bytes_max, lambda shipped: shipped.rows.nbytes + min(shipped.header.payload_length, _FRAMES_BYTES_MAX) + 1024)
@@ -172,11 +180,17 @@ class ShippedSource:
     @property
     def rows(self) -> Rows:
         """All rows of the object."""
-        return self._object().rows
+        try:
+            return self._object().rows
+        except CorruptionError as error:
+            raise DamagedObject(self, error) from error
 
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""
-        data = self._object().read_range(position, length)
+        try:
+            data = self._object().read_range(position, length)
+        except CorruptionError as error:
+            raise CorruptionError(f"{error} (record {seq})", error.hint) from error
         if xxhash.xxh3_64_intdigest(data) != xxh3:
             raise CorruptionError(f"object {self.name}: the payload of record {seq} does not match its checksum")
         return data
