@@ -285,7 +285,7 @@ def test_overlapping_objects_are_used_once(made: MadeHistory) -> None:
         assert [e.kind for e in events(history, history.branch())] == [fmt.Event.START, fmt.Event.BOOKMARK]
         view = View.open(history, "vda", made.position(5))
         assert view.read(0, view.size) == made.disk("vda").states[5]
-        written = writes(history, history.branch(), T0, made.now_ns + 1, 6)
+        written = writes(history, history.branch(), T0, made.now_ns, 6)
         assert int(written.bytes.sum()) == 3 * 512
         assert written.operations.tolist() == [0, 0, 1, 1, 0, 1]
 

@@ -66,8 +66,8 @@ def bookmarks(history: History, branch: Branch) -> list[tuple[Position, str]]:
 
 
 def writes(history: History, branch: Branch, since_ns: int, until_ns: int, buckets: int) -> Writes:
-    """How much the guest wrote between two times, in so many equal buckets."""
-    span_ns = max(until_ns - since_ns, buckets)
+    """How much the guest wrote between two times (inclusive), in so many equal buckets."""
+    span_ns = max(until_ns + 1 - since_ns, buckets)
     edges = np.array([since_ns + span_ns * i // buckets for i in range(buckets + 1)], np.int64)
     total_bytes, total_operations = np.zeros(buckets, np.int64), np.zeros(buckets, np.int64)
     for leg in branch.legs:
