@@ -171,8 +171,10 @@ def domains(draw: st.DrawFn) -> tuple[bytes, list[str]]:
     return etree.tostring(root), draw(st.permutations(chosen))
 
 
-@given(domains(), st.booleans(), st.integers(1, 3))
-def test_what_is_protected_and_unprotected_is_as_before(generated: tuple[bytes, list[str]], reconnect: bool, times: int) -> None:
+@given(domains(), protections(), st.booleans(), st.integers(1, 3))
+def test_what_is_protected_and_unprotected_is_as_before(
+    generated: tuple[bytes, list[str]], settings: dict[str, Any], reconnect: bool, times: int
+) -> None:
     before, targets = generated
     name = etree.fromstring(before).findtext("name")
     assert name is not None
@@ -183,14 +185,22 @@ def test_what_is_protected_and_unprotected_is_as_before(generated: tuple[bytes, 
             targets,
             socket=str(VmPaths(name).nbd_socket),
             reconnect=reconnect,
-            changes={"repository": "/r"},
+            changes={"repository": "/r", **settings},
             chain_of=lambda _: [],
         )
         xml = after.xml
     config = parse_domain(xml)
     assert config is not None
     assert config.protection == after.protection
+    assert {key: getattr(config.protection, key) for key in settings if key != "enabled"} == {
+        key: value for key, value in settings.items() if key != "enabled"
+    }
     assert [disk.target for disk in config.protection.disk] == targets
+    peeked = peek_storage(xml)
+    assert peeked is not None
+    journal = config.protection.journal
+    assert (peeked.name, peeked.journal_size) == (name, config.protection.journal_size)
+    assert peeked.journal == (None if journal is None else Path(journal))
     back = unprotect_domain(xml)
     assert set(back.removed) == set(targets)
     assert etree.tostring(etree.fromstring(back.xml), method="c14n") == etree.tostring(etree.fromstring(before), method="c14n")

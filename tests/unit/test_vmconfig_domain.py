@@ -193,3 +193,15 @@ def test_xml_that_is_not_a_domain(xml: bytes, said: str) -> None:
 def test_the_early_look_passes_over_mistakes() -> None:
     element = '<p:protection xmlns:p="urn:vmrewind:protection:1" journal="rel" journal-size="x" unknown="1"/>'
     assert peek_storage(domain(element)) == Storage("web01", None, 8 << 30)
+
+
+@pytest.mark.parametrize(("written", "size"), [("2097152", 2 << 20), ("1GiB", 1 << 30), ("9" * 30, 8 << 30), ("", 8 << 30)])
+def test_the_early_look_sees_the_size_that_the_strict_one_does(written: str, size: int) -> None:
+    xml = changed('enabled="yes"', f'enabled="yes" journal-size="{written}"')
+    assert peek_storage(xml) == Storage("web01", None, size)
+    try:
+        config = parse_domain(xml)
+    except ConfigError:
+        return  # the early look passes over what the strict one then refuses
+    assert config is not None
+    assert config.protection.journal_size == size

@@ -112,7 +112,11 @@ def peek_storage(xml: bytes) -> Storage | None:
         return None
     journal = elements[0].get("journal", "")
     place = Path(journal) if journal.startswith("/") else None
-    return Storage(name, place, peek_size(elements[0].get("journal-size")))
+    try:
+        size = _size(elements[0].get("journal-size", ""))
+    except Invalid:
+        return Storage(name, place, JOURNAL_SIZE_DEFAULT)
+    return Storage(name, place, peek_size(size))
 
 
 def read_protection(domain: etree._Element) -> Protection:

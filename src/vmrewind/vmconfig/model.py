@@ -210,6 +210,12 @@ def parse_size(key: str, text: str) -> int:
     return int(match[1]) * SIZE_UNITS[match[2]]
 
 
+def format_size(size_bytes: int) -> str:
+    """Bytes in the largest unit that is exact, as ``parse_size`` reads them."""
+    units = [unit for unit, factor in SIZE_UNITS.items() if size_bytes % factor == 0]
+    return f"{size_bytes // SIZE_UNITS[units[-1]]}{units[-1]}"
+
+
 def check_journal_size(key: str, size_bytes: int) -> None:
     """Bounds of a journal's size."""
     if not JOURNAL_SIZE_MIN <= size_bytes <= JOURNAL_SIZE_MAX:

@@ -18,7 +18,7 @@ from lxml import etree
 
 from vmrewind.vmconfig.chain import Backing, backing_chain
 from vmrewind.vmconfig.domain import read_protection
-from vmrewind.vmconfig.model import DiskConfig, Invalid, Protection, config_error, validate_protection
+from vmrewind.vmconfig.model import DiskConfig, Invalid, Protection, config_error, format_size, validate_protection
 from vmrewind.vmconfig.xml import (
     DISK,
     NAMESPACE,
@@ -98,7 +98,7 @@ def protect_domain(
                 raise Invalid(f"disk {target}", f"the domain has no such disk (it has: {known})", "virsh domblklist shows them")
             disks.append(_check_disk(target, present[target]))
         current = read_protection(domain) if protection_elements(domain) else Protection(enabled=True)
-        protection = msgspec.structs.replace(current, enabled=True, disk=disks, **changes)
+        protection = msgspec.structs.replace(current, **{**changes, "enabled": True, "disk": disks})
         if protection.repository is None:
             raise Invalid("repository", "none is given", "say where history is to be kept: --repository DIRECTORY")
         validate_protection(protection)
@@ -266,7 +266,9 @@ def _write_element(domain: etree._Element, protection: Protection, originals: li
     element.set("ship", protection.ship)
     if protection.journal is not None:
         element.set("journal", protection.journal)
-    for attribute in ("journal-size", "on-journal-full", "on-failure", "shutdown-timeout-seconds"):
+    if protection.journal_size != default.journal_size:
+        element.set("journal-size", format_size(protection.journal_size))
+    for attribute in ("on-journal-full", "on-failure", "shutdown-timeout-seconds"):
         field = attribute.replace("-", "_")
         if (value := getattr(protection, field)) != getattr(default, field):
             element.set(attribute, str(value))
