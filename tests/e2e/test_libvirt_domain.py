@@ -38,7 +38,7 @@ def domain(*disks: str, name: str = "web01", extra: str = "") -> str:
     """A machine that needs no guest: it starts, finds nothing to boot, and idles."""
     return f"""<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>{extra}
 <os><type arch='x86_64'>hvm</type></os>
-<devices>{"".join(disks)}<graphics type='vnc' passwd='sekrit'/></devices></domain>"""
+<devices>{"".join(disks)}<graphics type='vnc' passwd='sekrit'><listen type='socket'/></graphics></devices></domain>"""
 
 
 def test_protect_and_unprotect_leave_the_xml_byte_for_byte_as_it_was(host: LibvirtHost) -> None:
