@@ -52,11 +52,48 @@ class DiskOf:
     format: str = "raw"
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call as it was traced: when it had returned, except ``send``, which is noted before it is made."""
+
+    name: str
+    inode: int
+
+
+# Runs capture with the calls that order its promises noted in a file, one line each.
+_TRACER = """
+import os, runpy, socket, sys
+trace = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def note(name, inode): os.write(trace, f"{name} {inode}\\n".encode())
+def traced(name, call):
+    def wrapper(fd, *rest):
+        result = call(fd, *rest)
+        note(name, os.fstat(fd).st_ino)
+        return result
+    return wrapper
+for name in ("pwritev", "pwrite", "fdatasync"):
+    setattr(os, name, traced(name, getattr(os, name)))
+send = socket.socket.send
+def traced_send(self, data):
+    note("send", 0)
+    return send(self, data)
+socket.socket.send = traced_send
+runpy.run_module("vmrewind.capture", run_name="__main__", alter_sys=True)
+"""
+
+
 class Capture:
     """A capture process of its own, with listening sockets that outlive it, as the keeper has them."""
 
     def __init__(
-        self, directory: Path, disks: Sequence[DiskOf], *, journal_size: int = 32 * MIB, full: str = "drop-history", run: int = RUN
+        self,
+        directory: Path,
+        disks: Sequence[DiskOf],
+        *,
+        journal_size: int = 32 * MIB,
+        full: str = "drop-history",
+        run: int = RUN,
+        trace: bool = False,
     ) -> None:
         self.disks = disks
         self.journal = directory / "journal"
@@ -65,6 +102,7 @@ class Capture:
         self.run = run
         self.events_path = directory / "events.jsonl"
         self.stderr_path = directory / "capture.stderr"
+        self.trace_path = directory / "capture.trace" if trace else None
         runtime = Path(os.environ["VMREWIND_RUNTIME_DIR"])
         runtime.mkdir(parents=True, exist_ok=True)
         name = f"{directory.name[:20]}-{run & 0xFFFF:x}"
@@ -78,6 +116,10 @@ class Capture:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process at once if it lives, and close the sockets."""
         if self.process is not None:
             self.process.kill()
             self._reap()
@@ -106,15 +148,8 @@ class Capture:
 
     def start(self) -> Self:
         """Start the process and wait until it serves; raises the error that it reports."""
-        command = [
-            sys.executable,
-            "-m",
-            "vmrewind.capture",
-            "--journal",
-            str(self.journal),
-            "--journal-size",
-            str(self.journal_size),
-        ]
+        program = ["-m", "vmrewind.capture"] if self.trace_path is None else ["-c", _TRACER, str(self.trace_path)]
+        command = [sys.executable, *program, "--journal", str(self.journal), "--journal-size", str(self.journal_size)]
         with open(self.stderr_path, "ab") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -123,11 +158,15 @@ class Capture:
                 stderr=stderr,
                 pass_fds=[listener.fileno() for listener in self._listeners],
             )
-        self._expect("allotted")
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(self.assignment()).encode() + b"\n")
-        self.process.stdin.close()
-        self.ready = self._expect("ready")
+        try:
+            self._expect("allotted")
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(self.assignment()).encode() + b"\n")
+            self.process.stdin.close()
+            self.ready = self._expect("ready")
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def _expect(self, event: str) -> dict[str, Any]:
@@ -200,6 +239,20 @@ class Capture:
             return []
         parsed = [json.loads(line) for line in lines]
         return [event for event in parsed if name in (None, event["event"])]
+
+    def mark_trace(self, name: str) -> None:
+        """Put a word into the trace, between the calls before and those after."""
+        assert self.trace_path is not None
+        with open(self.trace_path, "ab", buffering=0) as trace:
+            trace.write(f"{name} 0\n".encode())
+
+    def traced(self, since: str | None = None) -> list[Call]:
+        """What the process asked of the kernel, in order, from the last mark of that name on."""
+        assert self.trace_path is not None
+        calls = [Call(name, int(inode)) for name, inode in map(str.split, self.trace_path.read_text().splitlines())]
+        if since is None:
+            return calls
+        return calls[max(i for i, call in enumerate(calls) if call.name == since) :]
 
     def describe_run(self) -> None:
         """Write the run's description, as the start process does, so that ``recover`` finds it."""

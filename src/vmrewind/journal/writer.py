@@ -88,9 +88,9 @@ class JournalWriter:
     def commit(self, count: int, payloads: Sequence[Buffer], payload_length: int) -> int:
         """Write a batch of ``count`` records already packed into ``table``.
 
-        ``payloads`` are the records' payloads in order, padding included, in at most 1,023 buffers (the kernel's IOV_MAX with the
-        table); ``payload_length`` is their total in bytes. Returns the first record's seq. Raises JournalFull if there is no room or
-        the journal's storage refuses: nothing of it counts then.
+        ``payloads`` are the records' payloads in order, padding included, in at most 1,023 buffers (the table is one more and
+        IOV_MAX is 1,024); ``payload_length`` is their total in bytes. Returns the first record's seq. Raises JournalFull if there
+        is no room or the journal's storage refuses: nothing of it counts then.
 
         As much space as voiding all of these records takes is left behind them: what the image refuses can always be voided.
         """
