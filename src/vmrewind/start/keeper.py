@@ -12,6 +12,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -122,22 +124,31 @@ class Resumer:
     def __init__(self, domain: str, events: EventLog) -> None:
         self._domain = domain
         self._events = events
-        self._task: asyncio.Task[None] | None = None
+        self._lock = threading.Lock()
+        self._deadline = 0.0
+        self._watching = False
 
     def capture_is_back(self) -> None:
-        """Watch the domain for a while; a watch that is under way begins anew."""
-        if self._task is not None:
-            self._task.cancel()
-        self._task = asyncio.get_running_loop().create_task(self._watch())
+        """Watch the domain for a while; a watch that is under way goes on for as long from now."""
+        with self._lock:
+            self._deadline = time.monotonic() + _RESUME_SECONDS
+            if not self._watching:
+                self._watching = True
+                # A daemon thread: the hook that ends this process holds the domain's lock in libvirt, so a call that is under way
+                # then returns only when this process is gone. Nothing may wait for it.
+                threading.Thread(target=self._watch, daemon=True).start()
 
-    async def _watch(self) -> None:
-        deadline = asyncio.get_running_loop().time() + _RESUME_SECONDS
-        while asyncio.get_running_loop().time() < deadline:
+    def _watch(self) -> None:
+        while True:
             try:
-                await asyncio.to_thread(self._resume_if_paused)
+                self._resume_if_paused()
             except VmrewindError as error:
                 _log(f"cannot resume {self._domain}: {error}")
-            await asyncio.sleep(_RESUME_POLL_SECONDS)
+            time.sleep(_RESUME_POLL_SECONDS)
+            with self._lock:
+                if time.monotonic() > self._deadline:
+                    self._watching = False
+                    return
 
     def _resume_if_paused(self) -> None:
         with Libvirt() as libvirt:
