@@ -71,10 +71,10 @@ def _demo(console: Console, directory: Path) -> int:
                 noted = datetime.now(UTC).isoformat()
                 # Past the noted time before the guest writes again: the clock has nanoseconds, a written moment has less.
                 time.sleep(0.002)
-            written = len(acknowledged(vm.console.text()))
+            files = len(acknowledged(vm.console.text()))
             moment = {"bookmark": f"@moment-{number}", "time": noted, "seq": f"seq:{marked['seq']}"}[form]
-            moments.append((moment, f"{written} files", truth))
-            console.print(f"  --at {moment}: {written} files acknowledged; image copied as the truth")
+            moments.append((moment, f"{files} files", truth))
+            console.print(f"  --at {moment}: {files} files acknowledged; image copied as the truth")
         code = vm.wait()
     wrong = errors(vm.console.text())
     console.print(f"the guest ended: exit code {code}, {len(acknowledged(vm.console.text()))} files, {len(wrong)} errors")

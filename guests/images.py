@@ -13,9 +13,7 @@ def ext4_image(path: Path, size_bytes: int) -> Path:
     # Without lazy initialisation the guest's own writes are the only ones.
     options = "lazy_itable_init=0,lazy_journal_init=0,discard,root_owner=0:0"
     # An I/O error must show: a file system that turns read-only makes every later write fail.
-    subprocess.run(
-        [tool("mke2fs"), "-q", "-F", "-t", "ext4", "-m", "0", "-e", "remount-ro", "-E", options, path], check=True
-    )
+    subprocess.run([tool("mke2fs"), "-q", "-F", "-t", "ext4", "-m", "0", "-e", "remount-ro", "-E", options, path], check=True)
     return path
 
 

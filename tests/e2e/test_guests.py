@@ -14,9 +14,7 @@ from guests.machine import Machine, disk_arguments, qemu_command
 MIB = 1 << 20
 
 
-def start(
-    tmp_path: Path, initrd: Path, append: str = "", disks: tuple[Path, ...] = (), name: str = "serial"
-) -> Machine:
+def start(tmp_path: Path, initrd: Path, append: str = "", disks: tuple[Path, ...] = (), name: str = "serial") -> Machine:
     """A machine with these images as vda, vdb, …; their format is their suffix."""
     serial = tmp_path / name
     command = qemu_command(serial, linux().kernel, initrd, append)

@@ -113,6 +113,8 @@ def test_in_place_restore_goes_back_and_history_goes_on_from_there(tmp_path: Pat
         abandoned = vm.status()["last_record"]["seq"]
         vmrewind("restore", vm.config, "--at", "@good", "--in-place")
         assert image.read_bytes() == (tmp_path / "good.raw").read_bytes()
+        assert restore(vm, "latest", tmp_path / "rewound")["seq"] == marked["seq"]
+        assert "taken back" in vmrewind("timeline", vm.config).stdout
         run_once(vm)
         assert "history.gap" not in names(vm) and "base.made" not in names(vm)
     restore(vm, "latest", tmp_path / "end")

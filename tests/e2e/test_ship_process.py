@@ -145,7 +145,8 @@ def test_idle_costs_next_to_nothing(ship: Ship) -> None:
         before, begin = cpu_seconds(), time.monotonic()
         until(lambda begin=begin: time.monotonic() - begin > 3)
         # A tick of 10 ms in 3 s would be 0.3 %: one is allowed, for what the state before left to do.
-        assert cpu_seconds() - before <= 0.02, state
+        # Two processes of a busy machine may share a clock tick; a loop that spins would use all of the time.
+        assert cpu_seconds() - before <= 0.05, state
 
 
 def test_sigterm_sends_what_is_there(ship: Ship) -> None:

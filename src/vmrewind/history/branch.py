@@ -74,10 +74,9 @@ def choose_run(runs: Mapping[int, RunInfo], wanted: str | None) -> int:
     return found[0]
 
 
-def branch_of(runs: Mapping[int, RunInfo], run: int) -> Branch:
-    """The branch that ends with ``run``."""
+def branch_of(runs: Mapping[int, RunInfo], run: int, cut: int | None = None) -> Branch:
+    """The branch that ends with ``run``, or with its record ``cut``: what came after it was taken back."""
     legs: list[Leg] = []
-    cut: int | None = None
     at: int | None = run
     while at is not None and at in runs and len(legs) <= len(runs):
         legs.append(Leg(runs[at], cut))

@@ -177,12 +177,20 @@ class _Walk:
 
     def _until_next(self, i: int, leg: Leg, index: int, last_ns: int) -> int | None:
         """How long the state after a leg's last record lasts: until the next leg, a rewind, or an unknown change."""
-        following = self._branch.legs[i + 1].info
         records = self._known.records(leg.info.run)
         if (abandoned_ns := records.first_time(index, (leg.cut or 0) + 1)) is not None:
             cause = f"the VM was taken back to record {leg.cut}; what it did before that is on branch {run_name(leg.info.run)}"
-            self._open = (abandoned_ns, cause)
+            if i + 1 < len(self._branch.legs):
+                self._open = (abandoned_ns, cause)
+            else:
+                # The VM has not run since: its latest moment is the one that it was taken back to.
+                row = records.row_at(index, records.last(index) or 0)
+                until_ns = int(row["time_ns"]) + 1 if row is not None else abandoned_ns + 1
+                self._gaps.append(Gap(abandoned_ns, until_ns, cause))
             return abandoned_ns - 1
+        if i + 1 == len(self._branch.legs):
+            return None
+        following = self._branch.legs[i + 1].info
         if (discontinuity := following.gaps.get(self._target)) is not None:
             until_ns = max(last_ns, discontinuity.since_ns - 1)
             self._open = (until_ns + 1, discontinuity.cause)

@@ -114,7 +114,15 @@ class History:
     # -- runs and branches
 
     def branch(self, wanted: str | None = None) -> Branch:
-        """The branch of the newest run, or of the run whose id begins with ``wanted``. Raises VmStateError, MomentError."""
+        """The branch that the VM is on, or that of the run whose id begins with ``wanted``. Raises VmStateError, MomentError.
+
+        The VM is on the newest run's branch, unless its images were taken back since: then on what they hold now.
+        """
+        head = self.head
+        if wanted is None and head is not None and head.position.run in self.runs:
+            last = self.records(head.position.run).last_known
+            if head.position.run != max(self.runs) or (last is not None and head.position.seq < last):
+                return branch_of(self.runs, head.position.run, cut=head.position.seq)
         return branch_of(self.runs, choose_run(self.runs, wanted))
 
     def branch_of_run(self, run: int) -> Branch:
