@@ -78,7 +78,7 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
             raise ConfigError(f"domain {domain!r} is not protected", "run `vmrewind protect` for it")
         return config
 
-    def interruptible(disk: str, done: int, total: int, sent: int) -> None:
+    def interruptible(disk: str, *_: int) -> None:
         # A base is made in a thread, which only itself can end.
         if stop.is_set():
             raise StartError(f"stopped while the base of {disk} was made", "the next start goes on where this one stopped")
