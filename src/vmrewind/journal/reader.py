@@ -21,6 +21,10 @@ from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal import format as fmt
 
 
+_HEAD_GUESS = fmt.BATCH.size + 16 * fmt.RECORD.size
+"""Bytes read at a batch's beginning: enough for the sixteen requests that QEMU has in flight."""
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentHeader:
     """A segment's first 4 KiB, decoded. ``uuid`` is the VM's, 16 bytes; ``size`` is the file's, bytes."""
@@ -148,13 +152,17 @@ class Segment:
 
     def batch_at(self, position: int, number: int) -> Batch | None:
         """The batch at ``position`` if it is valid and carries batch number ``number``; payloads are not looked at."""
-        head = os.pread(self.fd, fmt.BATCH.size, position)
+        # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
+        block = os.pread(self.fd, _HEAD_GUESS, position)
+        head = block[: fmt.BATCH.size]
         if len(head) < fmt.BATCH.size:
             return None
         magic, checksum, run, found, time_ns, first_seq, count, _, payload = fmt.BATCH.unpack(head)
         if magic != fmt.BATCH_MAGIC or run != self.header.run or found != number or not 0 < count <= fmt.RECORDS_MAX:
             return None
-        table = os.pread(self.fd, count * fmt.RECORD.size, position + fmt.BATCH.size)
+        table = block[fmt.BATCH.size : fmt.BATCH.size + count * fmt.RECORD.size]
+        if len(table) < count * fmt.RECORD.size:
+            table = os.pread(self.fd, count * fmt.RECORD.size, position + fmt.BATCH.size)
         if xxhash.xxh3_64_intdigest(head[fmt.BATCH_CHECKED_FROM :] + table) != checksum:
             return None
         start = position + fmt.BATCH.size + len(table)
