@@ -125,6 +125,8 @@ class Capture:
             self._reap()
         for listener in self._listeners:
             listener.close()
+        for path in (self.socket_path, self.control_path):
+            path.unlink(missing_ok=True)
 
     def assignment(self) -> dict[str, Any]:
         """What the process is told."""

@@ -20,7 +20,6 @@ import xxhash
 from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal import format as fmt
 
-
 _HEAD_GUESS = fmt.BATCH.size + 16 * fmt.RECORD.size
 """Bytes read at a batch's beginning: enough for the sixteen requests that QEMU has in flight."""
 
