@@ -127,7 +127,10 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
         (journal / "head.json").unlink(missing_ok=True)
         sync_directory(journal)
         state.begin(run)
+        # A run's beginning does not wait for room: it may be what lets ship make some.
+        pool.stretch = True
         server.record_event(fmt.Event.START, {"vm": assignment["vm"], "parent": assignment["parent"]})
+        pool.stretch = False
     server.listen(
         listening_socket(assignment["nbd_socket"], assignment.get("nbd_fd")),
         listening_socket(assignment["control_socket"], assignment.get("control_fd")) if assignment.get("control_socket") else None,
