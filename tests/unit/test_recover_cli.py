@@ -83,6 +83,7 @@ def test_restore_in_place_and_completing_it(
         assert (tmp_path / f"{target}.raw").read_bytes() == made.disk(target).states[2]
     assert vmrewind("restore", "--in-place") == UsageError.exit_code
     position = made.position(4)
+    (made.journal / "head.json").unlink()  # as the interrupted restore has done
     (made.journal / RESTORE_PENDING).write_text(
         json.dumps({"run": f"{made.run:016x}", "seq": 4, "time_ns": position.time_ns, "disks": ["vda", "vdb"]})
     )
