@@ -223,7 +223,11 @@ class Capture:
     def control(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(WAIT_SECONDS)
-        sock.connect(str(self.control_path))
+        try:
+            sock.connect(str(self.control_path))
+        except BaseException:
+            sock.close()
+            raise
         return sock
 
     def instruct(self, **request: Any) -> dict[str, Any]:

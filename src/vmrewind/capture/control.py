@@ -21,7 +21,8 @@ class ControlClient:
         self._sock = sock
         self._instruct = instruct
         self._buffer = bytearray()
-        self._closed = False
+        self._unanswered = 0
+        self._ending = False
 
     def readable(self) -> bool:
         """Receive and carry out what is complete; False when the client is gone or talks nonsense."""
@@ -42,15 +43,20 @@ class ControlClient:
             if not isinstance(request, dict):
                 self._answer({"ok": False, "kind": "usage", "message": "an instruction is one JSON object a line"})
                 return False
-            self._instruct(request, self._answer)
+            self._unanswered += 1
+            self._instruct(request, self._answer_request)
         if len(self._buffer) >= LINE_MAX:
             self._answer({"ok": False, "kind": "usage", "message": f"an instruction has at most {LINE_MAX} bytes"})
             return False
         return bool(received)
 
+    def _answer_request(self, answer: dict[str, Any]) -> None:
+        self._answer(answer)
+        self._unanswered -= 1
+        if self._ending:
+            self.close()
+
     def _answer(self, answer: dict[str, Any]) -> None:
-        if self._closed:
-            return
         line = json.dumps(answer).encode() + b"\n"
         with contextlib.suppress(OSError):
             if self._sock.send(line) == len(line):
@@ -60,6 +66,7 @@ class ControlClient:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Hang up."""
-        self._closed = True
-        self._sock.close()
+        """Hang up, once everything asked is answered: a client may say all that it wants and end its side."""
+        self._ending = True
+        if not self._unanswered:
+            self._sock.close()
