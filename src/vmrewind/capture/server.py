@@ -39,6 +39,9 @@ _HOLD_RETRY_SECONDS: Final = 0.05
 _CLIENTS_MAX: Final = 256
 """Most connections at a time, handshakes included: more are hung up on, so that memory stays bounded."""
 _HANDSHAKE_SECONDS_MAX: Final = 10
+RESYNC_RANGES_MAX: Final = 1024
+RESYNC_BYTES_MAX: Final = 4 << 20
+"""Most that one resync instruction may ask for: the guest's requests wait meanwhile."""
 _SEND_BUFFER: Final = 4 << 20
 
 
@@ -64,6 +67,21 @@ class Disk:
     def target(self) -> str:
         """The disk's name, which is also the export's."""
         return self.image.target
+
+
+def _are_ranges(value: Any, size: int) -> bool:
+    """Whether ``value`` is a list of [offset, length] within a disk of ``size`` bytes, not more than a loop's turn should take."""
+    if not isinstance(value, list) or len(value) > RESYNC_RANGES_MAX:
+        return False
+    total = 0
+    for pair in value:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)):
+            return False
+        offset, length = pair
+        if offset < 0 or length <= 0 or offset + length > size:
+            return False
+        total += length
+    return total <= RESYNC_BYTES_MAX
 
 
 def export_of(image: Image) -> ExportInfo:
@@ -395,7 +413,8 @@ class Server:
         self.state.set_applied(self.writer.next_batch - 1)
         return True
 
-    def _journal_as_is(self, disk: Disk, offset: int, length: int) -> None:
+    def _journal_as_is(self, disk: Disk, offset: int, length: int) -> bool:
+        """Journal a range as the image holds it; False if the image cannot be read there. Raises JournalFull."""
         try:
             for extent, is_data in disk.image.allocation(offset, length):
                 end = offset + extent
@@ -405,6 +424,8 @@ class Server:
                     offset += len(data) if data is not None else end - offset
         except OSError as error:
             self.events.write("image.read-failed", disk=disk.target, offset=offset, error=str(error))
+            return False
+        return True
 
     # -- instructions
 
@@ -430,8 +451,35 @@ class Server:
                 answer({"ok": True, **self.status()})
             case "mark":
                 self._mark(request, answer)
+            case "resync":
+                self._resync(request, answer)
             case command:
                 answer({"ok": False, "kind": "usage", "message": f"capture knows no instruction {command!r:.100}"})
+
+    def _resync(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+        """Journal ranges of a disk anew as the image holds them now, and if asked, declare its history level with its image.
+
+        Carried out between two batches, so what is journaled is what the image holds at that place in the order of writes.
+        """
+        disk = self.disks.get(str(request.get("disk")))
+        ranges = request.get("ranges", [])
+        if disk is None or not _are_ranges(ranges, disk.size):
+            answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})
+            return
+        try:
+            if self.refused and not self.settle():
+                raise JournalFull("it has no room for what an image has refused")
+            for offset, length in ranges:
+                if not self._journal_as_is(disk, offset, length):
+                    answer({"ok": False, "kind": "image", "message": f"{disk.image.path}: cannot be read at {offset}"})
+                    return
+            if request.get("close"):
+                self.writer.event(fmt.Event.GAP_END, {"resynced": disk.target}, disk.index)
+        except JournalFull as full:
+            answer({"ok": False, "kind": "space", "message": f"the journal has no room: {full}"})
+            return
+        self.state.set_applied(self.writer.next_batch - 1)
+        answer({"ok": True, "seq": self.writer.next_seq - 1})
 
     def _mark(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         name = request.get("name")

@@ -117,9 +117,16 @@ class _Walk:
             return
         hole = next(records.holes(disk.index, info.first_seq, end), None)
         last = end if hole is None else hole.first - 1
+        first_seq = info.first_seq
+        if self._target in info.gaps and self._target not in info.bases:
+            closed = records.gap_closed(disk.index, first_seq, last)
+            if closed is None:
+                self._interrupt(info.start_time_ns, f"{info.gaps[self._target].cause}, and the resync has not come to its end")
+                return
+            first_seq = closed
         self._reached = hole is None
         cause_after = hole.cause if hole is not None else None
-        ranges = list(_outside_gaps(records, disk.index, info.first_seq, last))
+        ranges = list(_outside_gaps(records, disk.index, first_seq, last))
         for at, (first, final, gap_cause) in enumerate(ranges):
             is_last = at == len(ranges) - 1
             self._add(i, leg, disk.index, first, final, gap_cause or (cause_after if is_last else None))
@@ -137,8 +144,6 @@ class _Walk:
             if self._target in info.gaps or not self._reached:
                 return problem
             return None
-        if self._target in info.gaps:
-            return f"{info.gaps[self._target].cause}, and no base was made then"
         if self._reached:
             return None
         if i == 0 and self._branch.missing_parent is not None:

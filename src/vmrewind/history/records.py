@@ -15,6 +15,7 @@ import numpy as np
 from vmrewind.errors import CorruptionError
 from vmrewind.history.rows import between, last_at, of_disk
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, Source
+from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
 from vmrewind.repository.segment import Rows
 
@@ -114,6 +115,14 @@ class RunRecords:
             first = piece.last + 1
         if first <= last:
             yield self._hole(first, last)
+
+    def gap_closed(self, disk: int, first: int, last: int) -> int | None:
+        """Seq in [first, last] at which a resync had brought the disk's history level with its image again, None if none did."""
+        for _, rows in self.select(disk, first, last):
+            ends = rows[(rows["op"] == fmt.Op.EVENT) & (rows["flags"] == fmt.Event.GAP_END) & (rows["disk"] == disk)]
+            if len(ends):
+                return int(ends["seq"][0])
+        return None
 
     def _hole(self, first: int, last: int) -> Hole:
         return Hole(first, last, self._cause(first, last))

@@ -99,8 +99,10 @@ class View:
             if target in info.bases and (target in info.gaps or history.base_problem(info, target) is None):
                 manifest = history.manifest(info, target)
                 break
-            if target in info.gaps or info.parent is None:
+            if info.parent is None:
                 raise MomentError(f"disk {target} has no base for run {run_name(info.run)}")
+            if target in info.gaps and records.gap_closed(disk.index, info.first_seq, last) is None:
+                raise MomentError(f"disk {target}, run {run_name(info.run)}: {info.gaps[target].cause}; not resynced by then")
             last = info.parent.seq
         else:
             raise MomentError(f"disk {target} has no base on the branch of run {run_name(position.run)}")
@@ -209,6 +211,13 @@ class View:
         starts = np.append(self._index.starts, self.size)
         owned: NDArray[np.int64] = before[at] + np.maximum(offsets - starts[at], 0)
         return owned
+
+    def untouched_chunk(self, number: int) -> tuple[str | None] | None:
+        """The base's chunk id (None: zeroes), in a tuple, if no record since has touched that piece of the disk; else None."""
+        size = self._manifest.chunk_size
+        if number >= len(self._manifest.chunks) or next(iter(self._extents(number * size, size)), None) is not None:
+            return None
+        return (self._manifest.chunks[number],)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Extents that cover a range (default: the disk) in order, neighbours of one kind joined."""

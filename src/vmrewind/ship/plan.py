@@ -66,7 +66,7 @@ def _wanted(runs: Mapping[int, RunInfo], newest: int, disks: Sequence[str]) -> t
         info: RunInfo | None = runs[newest]
         while info is not None and info.disk(target) is not None:
             wanted.setdefault(info.run, set()).add(target)
-            if target in info.bases or target in info.gaps or info.parent is None:
+            if target in info.bases or info.parent is None:
                 break
             cuts[info.parent.run] = info.parent.seq
             info = runs.get(info.parent.run)

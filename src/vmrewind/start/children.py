@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -155,6 +155,32 @@ class ShipChild:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         return await self.wait()
+
+
+class ResyncChild:
+    """A process that closes gaps: it compares images with their history and ends."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def create(
+        cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str], bytes_max: int
+    ) -> ResyncChild:
+        """Start the process for the disks named."""
+        command = [sys.executable, "-m", "vmrewind.recover.resync", "--vm", paths.name, "--journal", str(journal)]
+        command += ["--repository", repository, "--run", run, "--bytes-max", str(bytes_max), *disks]
+        return cls(await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL))
+
+    async def wait(self) -> str:
+        """Wait for its end; returns how it ended, in words."""
+        return _ending(await self._process.wait())
+
+    async def kill(self) -> None:
+        """End it; what it has not closed stays a gap."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
 
 
 def assignment(

@@ -14,18 +14,18 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vmrewind.errors import StartError, VmrewindError, VmStateError
+from vmrewind.errors import SpaceError, StartError, VmrewindError, VmStateError
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
-from vmrewind.start.children import CLEAN, CaptureChild, ShipChild, assignment, listen
+from vmrewind.start.children import CLEAN, CaptureChild, ResyncChild, ShipChild, assignment, listen
 from vmrewind.start.control import instruct
 from vmrewind.start.plan import Plan, Planner
 from vmrewind.start.processes import Keeping, Process, running
@@ -38,6 +38,8 @@ DEATHS_SECONDS: Final = 60
 _PATIENCE_SECONDS: Final = 1.0
 _SHIP_RESTART_SECONDS: Final = 0.2
 _SHIP_FINISH_SECONDS: Final = 7.0
+_RESYNC_RETRY_SECONDS: Final = 2.0
+_RESYNC_RETRY_SECONDS_MAX: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,8 @@ class Keeper:
             self._note()
             self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
             self._tasks.append(asyncio.create_task(self._keep_ship(repository)))
+            if plan.resync:
+                self._tasks.append(asyncio.create_task(self._resync(repository, plan.resync)))
         return config
 
     def qemu_started(self, pid: int) -> None:
@@ -221,6 +225,23 @@ class Keeper:
             self._ship = await self._create_ship(repository)
             self._note()
             self.events.write("ship.restarted", pid=self._ship.pid)
+
+    async def _resync(self, repository: str, disks: Sequence[str]) -> None:
+        """Close the gaps that this run began with. A resync that fails is tried again: the repository may be away for a while."""
+        pause_seconds = _RESYNC_RETRY_SECONDS
+        while True:
+            child = await ResyncChild.create(
+                self.paths, self.storage.journal, repository, self.run_name, disks, self.storage.journal_size // 2
+            )
+            try:
+                ending = await child.wait()
+            except asyncio.CancelledError:
+                await child.kill()
+                raise
+            if ending in (CLEAN, f"exit code {SpaceError.exit_code}"):
+                return
+            await asyncio.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _RESYNC_RETRY_SECONDS_MAX)
 
     # -- the end
 

@@ -12,7 +12,7 @@ import json
 import socket
 import time
 import uuid as uuids
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
 from vmrewind.journal.events import EventLog
+from vmrewind.journal.reader import Segment, records, segment_files
 from vmrewind.journal.runs import (
     RESTORE_PENDING,
     Discontinuity,
@@ -32,6 +33,7 @@ from vmrewind.journal.runs import (
     RunInfo,
     local_runs,
     read_head,
+    run_path,
     write_durably,
 )
 from vmrewind.paths import VmPaths
@@ -46,6 +48,8 @@ class Plan:
 
     info: RunInfo
     identities: Mapping[str, ImageIdentity]
+    resync: Sequence[str] = ()
+    """Disks whose gap is closed while the VM runs, by comparing the image with its history."""
 
 
 @dataclass(slots=True)
@@ -105,14 +109,19 @@ class Planner:
         images = self.open_images()
         bases: dict[str, str] = {}
         gaps: dict[str, Discontinuity] = {}
+        resync: list[str] = []
         try:
             for image in images:
                 self._check_size(image, past, vm_uuid)
                 continuous = self._continues(image, past)
                 base = matching_base(self.paths, self.repository, image.target, vm_uuid, image.identity())
                 wanted = self.config.protection.repository is not None
-                if base is None and wanted and not (continuous and self._stands(image.target, past)):
-                    base = self._make_base(image, vm_uuid, first=not past.runs)
+                if base is None and wanted:
+                    stands = self._stands(image, past)
+                    if stands and not continuous:
+                        resync.append(image.target)
+                    elif not stands:
+                        base = self._make_base(image, vm_uuid, first=not past.runs)
                 if base is not None:
                     bases[image.target] = base
                 if past.position is not None and not continuous:
@@ -136,7 +145,7 @@ class Planner:
             bases=bases,
             gaps=gaps,
         )
-        return Plan(info, identities)
+        return Plan(info, identities, resync)
 
     def refuse_pending_restore(self) -> None:
         """Raise VmStateError if the images are between two moments."""
@@ -249,15 +258,21 @@ class Planner:
             return "the disk was not protected in the last run, or it was restored apart from the others"
         return past.gap_cause
 
-    def _stands(self, target: str, past: Past) -> bool:
-        """Whether a base lies below the disk's history, so that it can be continued without a new one."""
+    def _stands(self, image: Image, past: Past) -> bool:
+        """Whether a base lies below the disk's history here, so that it can go on without a new one."""
+        target = image.target
+        if past.position is None or not run_path(self.journal, past.position.run).exists():
+            return False
         runs = {info.run: info for info in past.runs}
-        info = runs.get(past.position.run) if past.position else None
+        info = runs.get(past.position.run)
         while info is not None:
             base = info.bases.get(target)
             if base is not None:
                 return self.repository is None or base in self.repository.bases(target)
-            if target in info.gaps or info.disk(target) is None:
+            disk = info.disk(target)
+            if disk is None or disk.size != image.size:
+                return False
+            if target in info.gaps and not gap_closed(self.journal, info.run, disk.index):
                 return False
             info = runs.get(info.parent.run) if info.parent else None
         return False
@@ -274,6 +289,17 @@ class Planner:
         manifest = back_up(self.paths, self.repository, image, vm_uuid, self.progress)
         self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)
         return manifest.id
+
+
+def gap_closed(journal: Path, run: int, disk: int) -> bool:
+    """Whether a resync came to its end in a run, as far as its local segments tell."""
+    for file in segment_files(journal, run):
+        with Segment(file.path) as segment:
+            for batch in segment.batches():
+                for record in records(batch) if batch.count == 1 else ():
+                    if record.op == fmt.Op.EVENT and record.flags == fmt.Event.GAP_END and record.disk == disk:
+                        return True
+    return False
 
 
 def backup(planner: Planner, targets: list[str] | None) -> dict[str, str]:
