@@ -2,8 +2,8 @@
 
 After the host's death, or a change behind our back, image and history may differ in places that nobody knows. The image is read
 once and compared with what history says it was: pieces that no record has touched by their chunk id (nothing is fetched), others
-by content. What differs is journaled anew by capture, as the image holds it at that instant, between two of the guest's writes. When all
-is compared, capture closes the gap: from that record on, history and image are the same.
+by content. What differs is journaled anew by capture, as the image holds it at that instant, between two of the guest's writes.
+When all is compared, capture closes the gap: from that record on, history and image are the same.
 
 A block that the guest writes meanwhile is journaled by that write; comparing it twice costs space and nothing else.
 """
