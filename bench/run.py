@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
@@ -112,7 +113,7 @@ def run(settings: Settings, place: Place, scratch: Path, step: Callable[[str], N
                 _warm_up(peer, scratch)
         for number in range(settings.rounds):
             for workload in settings.workloads:
-                for peer in _rotated([peer for peer in peers.values() if workload.takes(type(peer))], number):
+                for peer in _shuffled([peer for peer in peers.values() if workload.takes(type(peer))], workload, number):
                     step(f"{workload.title}: {peer.title}")
                     _settle(peers.values())
                     cell = result.cells.setdefault((workload.name, peer.name), Cell(workload, peer.name))
@@ -132,10 +133,10 @@ def _started(peer: Peer) -> Iterator[Peer]:
         peer.stop()
 
 
-def _rotated(peers: list[Peer], by: int) -> list[Peer]:
-    """No peer always has the same one before it."""
-    by %= max(1, len(peers))
-    return peers[by:] + peers[:by]
+def _shuffled(peers: list[Peer], workload: Workload, number: int) -> list[Peer]:
+    """Another order for every load and round, the same in every run: what a load leaves behind in the disk falls on each peer."""
+    Random(f"{workload.name} {number}").shuffle(peers)
+    return peers
 
 
 def _warm_up(peer: Vmrewind, scratch: Path) -> None:
