@@ -163,9 +163,7 @@ class Server:
     # -- the loop
 
     def serve(self) -> None:
-        """Run until ``stop`` is called (SIGTERM and SIGINT do), then end the run cleanly."""
-        signal.signal(signal.SIGTERM, lambda *_: self.stop())
-        signal.signal(signal.SIGINT, lambda *_: self.stop())
+        """Run until ``stop`` is called, then end the run cleanly."""
         next_tick = time.monotonic() + _TICK_SECONDS
         while not self._stopping:
             timeout = _HOLD_RETRY_SECONDS if self._held else max(0.0, next_tick - time.monotonic())
@@ -179,6 +177,11 @@ class Server:
                 next_tick = time.monotonic() + _TICK_SECONDS
                 self._tick()
         self._finish()
+
+    def heed_signals(self) -> None:
+        """SIGTERM and SIGINT end the run cleanly from now on; to be called before anybody is told that disks are served."""
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+        signal.signal(signal.SIGINT, lambda *_: self.stop())
 
     def stop(self) -> None:
         """End the run at the next turn of the loop."""
