@@ -51,7 +51,7 @@ def main() -> int:
         gc.collect()
         gc.freeze()
         gc.disable()
-    server.heed_signals()
+        server.heed_signals()
         print_event(
             "ready",
             pid=os.getpid(),
