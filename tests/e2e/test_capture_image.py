@@ -144,23 +144,39 @@ def test_internal_snapshots_are_allowed_for(tmp_path: Path) -> None:
 
 
 LARGEST = [
-    (bits, size)
+    (bits, size, entry)
     for bits in range(9, 22)
     for size in (1 << 20, 10 << 30, (1 << 40) + 512, 8 << 40)
-    if size <= 4 << 20 << 2 * bits - 3
+    for entry in (8, 16)
+    if size * entry <= 32 << 20 << 2 * bits - 3 and (entry == 8 or bits >= 14)
 ]
-"""Cluster bits and virtual sizes, as far as an L1 table of at most 32 MiB reaches."""
+"""Cluster bits, virtual sizes and bytes of an L2 entry, as far as an L1 table of at most 32 MiB reaches."""
 
 
-@pytest.mark.parametrize(("cluster_bits", "virtual"), LARGEST)
-def test_the_computed_size_covers_what_qemu_measures(cluster_bits: int, virtual: int) -> None:
+@pytest.mark.parametrize(("cluster_bits", "virtual", "entry"), LARGEST)
+def test_the_computed_size_covers_all_clusters_and_their_metadata(cluster_bits: int, virtual: int, entry: int) -> None:
     cluster = 1 << cluster_bits
-    clusters = -(-virtual // cluster)
-    l2 = -(-clusters * 8 // cluster) * cluster
-    l1 = -(-l2 // cluster * 8 // cluster) * cluster
-    refcount_blocks = -(-(clusters * cluster + l2 + l1) // cluster * 2 // cluster) * cluster
-    assert qcow2_export_size(virtual, cluster, 0) >= clusters * cluster + l2 + l1 + refcount_blocks + cluster
+
+    def clusters(length: int) -> int:
+        return -(-length // cluster)
+
+    data = clusters(virtual)
+    l2 = clusters(data * entry)
+    l1 = clusters(l2 * 8)
+    # Refcounts are 64 bits wide at most, and count their own clusters too.
+    blocks = clusters((data + l2 + l1) * 8)
+    blocks += clusters(blocks * 8) + 1
+    table = clusters(blocks * 8)
+    need = (1 + data + l2 + l1 + blocks + table) * cluster
+    assert need <= qcow2_export_size(virtual, cluster, 0, entry_size=entry) <= need + need // 50 + (160 << 20)
     assert qcow2_export_size(virtual, cluster, 1 << 50) >= 1 << 50
+
+
+def test_extended_l2_entries_are_allowed_for(tmp_path: Path) -> None:
+    image = qcow2(tmp_path / "a.qcow2", "4T", "-o", "cluster_size=16k,extended_l2=on")
+    opened = Image(0, "vda", str(image), "qcow2")
+    opened.close()
+    assert opened.size >= (4 << 40) + (4 << 40 >> 14) * (16 + 2)
 
 
 def test_a_backing_file_is_left_in_place_and_recorded(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import socket
 import struct
 import threading
 from collections.abc import Iterator
@@ -440,15 +442,26 @@ def _write_stripes(client: Client, number: int) -> None:
 
 def test_a_client_that_comes_back_finds_its_old_requests_abandoned(two: Two) -> None:
     """What an old connection still holds unread must not be carried out after what its client sends anew."""
-    for attempt in range(50):
-        old = two.client()
-        for i in range(40):
-            old.sock.sendall(old.request(nbd.CMD_WRITE, 0, data=b"old" + bytes([attempt, i])))
+    old, new = two.client(), socket.socket(socket.AF_UNIX)
+    old.sock.setsockopt(socket.SOL_SOCKET, 32, 64 * MIB)  # SO_SNDBUFFORCE: more than the server takes at once
+    new.settimeout(30)
+    os.kill(two.capture.pid, signal.SIGSTOP)
+    try:
+        for _ in range(80):
+            # With FUA the reply, which would show that nobody is there, comes late.
+            old.sock.sendall(old.request(nbd.CMD_WRITE, 0, data=b"old" * 20_000, flags=nbd.CMD_FLAG_FUA))
         old.sock.close()
-        with two.client() as new:
-            new.write(0, b"new" + bytes([attempt, 0]))
-            new.flush()
-            assert new.read(0, 5) == b"new" + bytes([attempt, 0])
+        new.connect(str(two.capture.socket_path))
+        write = nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.CMD_WRITE, 1, 0, 3) + b"new"
+        new.sendall(struct.pack(">I", 3) + nbd.OPTION.pack(nbd.IHAVEOPT, nbd.OPT_EXPORT_NAME, 3) + b"vda" + write)
+    finally:
+        os.kill(two.capture.pid, signal.SIGCONT)
+    with new, new.makefile("rb") as answers:
+        assert answers.read(18 + 10)[:8] == b"NBDMAGIC"
+        assert nbd.SIMPLE_REPLY.unpack(answers.read(16)) == (nbd.SIMPLE_REPLY_MAGIC, 0, 1)
+        until(lambda: two.capture.instruct(command="status")["disks"]["vda"]["clients"] == 1, "the end of the old connection")
+        with two.client() as client:
+            assert client.read(0, 3) == b"new"
     two.check()
 
 

@@ -70,6 +70,17 @@ def quick(client: Client, seconds: float = 0.5) -> Iterator[None]:
         client.sock.settimeout(before)
 
 
+def fill_to_the_last_byte(capture: Capture, client: Client) -> dict[str, Any]:
+    """Leave no room for even a bookmark in a journal without room for a write; returns how a bookmark is refused."""
+    with quick(client, 0.2), pytest.raises(TimeoutError):
+        for i in range(2 * CHUNK // 4096):
+            client.write(4096 * i, b"small" * 800)
+    for name in ("a longer name " * 14, "short"):
+        while (answer := capture.instruct(command="mark", name=name))["ok"]:
+            pass
+    return answer
+
+
 def test_drop_history_recycles_the_oldest_and_declares_it(tmp_path: Path) -> None:
     with capture_of(tmp_path, "drop-history") as capture:
         with Client(capture.socket_path) as client:
@@ -132,11 +143,7 @@ def test_block_holds_the_guest_until_ship_lets_go(tmp_path: Path) -> None:
         assert segment_files(capture.journal)[0].number == 1, "nothing was dropped"
         (full,) = capture.events("journal.full")
         assert full["policy"] == "block"
-        with quick(vdb, 0.2), pytest.raises(TimeoutError):
-            # Smaller writes may still fit.
-            for i in range(2 * CHUNK // 4096):
-                vdb.write(4096 * i, b"small" * 800)
-        answer = until(lambda: _refusal(capture), "no room for even a bookmark")
+        answer = fill_to_the_last_byte(capture, vdb)
         assert answer["kind"] == "space"
         assert used(capture.journal) <= QUOTA + CHUNK
 
@@ -151,11 +158,6 @@ def test_block_holds_the_guest_until_ship_lets_go(tmp_path: Path) -> None:
         ship(capture, 1 << 60)
         write_much(vda, 12)
         assert not capture.instruct(command="status")["journal_full"]
-
-
-def _refusal(capture: Capture) -> dict[str, Any] | None:
-    answer = capture.instruct(command="mark", name="now" * 60)
-    return None if answer["ok"] else answer
 
 
 def test_requests_held_are_served_in_order_once_there_is_room(tmp_path: Path) -> None:
@@ -191,9 +193,11 @@ def test_a_held_client_that_leaves_takes_its_requests_along(tmp_path: Path) -> N
 
 def test_a_held_run_ends_cleanly_nonetheless(tmp_path: Path) -> None:
     with capture_of(tmp_path, "block") as capture:
-        with Client(capture.socket_path) as client, quick(client), pytest.raises(TimeoutError):
-            write_much(client, 12)
-        assert capture.stop() == 0
+        with Client(capture.socket_path, "vda") as vda, Client(capture.socket_path, "vdb") as vdb:
+            with quick(vda), pytest.raises(TimeoutError):
+                write_much(vda, 12)
+            fill_to_the_last_byte(capture, vdb)
+            assert capture.stop() == 0
         entries = list(journal_entries(capture.journal))
         assert (entries[-1].record.op, entries[-1].record.flags) == (fmt.Op.EVENT, fmt.Event.STOP)
         head = json.loads((capture.journal / "head.json").read_bytes())

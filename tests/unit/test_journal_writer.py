@@ -141,6 +141,27 @@ def test_the_largest_batch_fits_and_can_be_voided_whole(tmp_path: Path) -> None:
     assert voids == [*range(1, fmt.RECORDS_MAX + 1), 2 * fmt.RECORDS_MAX + 1]
 
 
+def test_what_could_be_written_can_be_voided(tmp_path: Path) -> None:
+    """Whatever room is left in the last segment, down to the byte."""
+    refused = 0
+    for room in range(0, 400, 8):
+        journal = tmp_path / str(room)
+        writer = writer_of(journal, size=2 * MIB)
+        largest = fill_byte(writer.payload_max & -8, 1)
+        commit(writer, [write(0, largest)])
+        commit(writer, [write(0, largest)])
+        left = MIB - fmt.SEGMENT_HEADER_SIZE - 88 - len(largest)
+        commit(writer, [write(0, fill_byte(left - 88 - 88 - room, 2))])
+        try:
+            seq = commit(writer, [write(0, b"8 bytes.")])
+        except JournalFull:
+            refused += 1
+        else:
+            writer.void([seq], 0)
+        close(writer)
+    assert 0 < refused < 50
+
+
 def test_a_full_journal_leaves_the_writer_as_it_was(tmp_path: Path) -> None:
     recycling = Recycling.NO
     writer = writer_of(tmp_path, size=2 * MIB, recycle=lambda _: recycling)

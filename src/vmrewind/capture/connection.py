@@ -465,7 +465,6 @@ class Connection:
         if sent != len(data):
             # Nothing is read from a client that does not take its replies, so this stays bounded by one batch and its flushes.
             self._backlog = data[sent:]
-            self._output = bytearray(OUTPUT)
             self.server.want_writable(self, True)
 
     @property

@@ -101,7 +101,7 @@ def _batches(journal: Path, run: int, after: int, end: End) -> Iterator[tuple[Se
     for path in segments_after(journal, run, after):
         with Segment(path) as segment:
             for batch in segment.batches():
-                if after < batch.number < end.next_batch:
+                if batch.number > after:
                     yield segment, batch
         if path == end.segment:
             return

@@ -67,7 +67,7 @@ class SegmentPool:
         self.quota = self.segments_max * self.segment_size
         """Bytes that segments, live and free, may take."""
         self.stretch = False
-        """Rather exceed the quota by a segment than raise JournalFull."""
+        """Rather exceed the quota than raise JournalFull."""
         self.dropped: list[Recycled] = []
         """History that was recycled to make room, for the caller to declare and clear."""
         self._free: list[Path] = []
@@ -187,7 +187,7 @@ class SegmentPool:
             used -= size
             if used + self.segment_size <= self.quota:
                 break
-        return self._extra(used, self.quota + (self.segment_size if self.stretch else 0))
+        return self._extra(used, self.quota * (2 if self.stretch else 1))
 
     def _extra(self, used: int, limit: int) -> tuple[Path, int]:
         """A new segment, if ``limit`` bytes of segments in all allow it."""
