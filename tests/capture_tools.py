@@ -50,6 +50,7 @@ class DiskOf:
     target: str
     image: Path
     format: str = "raw"
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ class Capture:
             "time_floor_ns": 0,
             "parent": None,
             "disks": [
-                {"index": i, "target": d.target, "image": str(d.image), "format": d.format} for i, d in enumerate(self.disks)
+                {"index": i, "target": d.target, "image": str(d.image), "format": d.format}
+                | ({"size": d.size} if d.size is not None else {})
+                for i, d in enumerate(self.disks)
             ],
             "nbd_socket": str(self.socket_path),
             "nbd_fd": self._listeners[0].fileno(),

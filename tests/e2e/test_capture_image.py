@@ -143,6 +143,54 @@ def test_internal_snapshots_are_allowed_for(tmp_path: Path) -> None:
     assert "No errors were found" in run("qemu-img", "check", image)
 
 
+def test_a_snapshot_made_through_the_export_leaves_its_size_as_it_is(tmp_path: Path) -> None:
+    """The base and the records are of that size, so history could not go on with another one."""
+    image = qcow2(tmp_path / "a.qcow2", "256M")
+    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=256 * MIB) as capture:
+        size = capture.ready["disks"]["vda"]["size"]
+        run("qemu-img", "snapshot", "-c", "before", "--image-opts", f"driver=qcow2,file.driver=nbd,file.export=vda,"
+            f"file.server.type=unix,file.server.path={capture.socket_path}")  # fmt: skip
+        assert capture.stop() == 0
+    before = image.stat()
+    opened = Image(0, "vda", str(image), "qcow2", size)
+    assert opened.size == size
+    opened.extend()
+    opened.close()
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with Capture(tmp_path, [DiskOf("vda", image, "qcow2", size)], run=RUN + 1) as capture:
+        assert capture.ready["disks"]["vda"]["size"] == size
+
+
+def test_a_file_that_is_shorter_than_its_export_is_extended_when_asked(tmp_path: Path) -> None:
+    image = qcow2(tmp_path / "a.qcow2", "256M")
+    length = image.stat().st_size
+    opened = Image(0, "vda", str(image), "qcow2", 400 * MIB)
+    assert (opened.size, image.stat().st_size) == (400 * MIB, length)
+    opened.extend()
+    opened.close()
+    assert image.stat().st_size == 400 * MIB
+
+
+def test_an_image_that_outgrew_its_export_is_of_another_size(tmp_path: Path) -> None:
+    """Resized while off, its virtual disk or its file: nothing is changed before that is told."""
+    image = qcow2(tmp_path / "a.qcow2", "256M")
+    Image(0, "vda", str(image), "qcow2").close()
+    size = image.stat().st_size
+    run("qemu-img", "resize", "-q", image, "2G")
+    length = image.stat().st_size
+    opened = Image(0, "vda", str(image), "qcow2", size)
+    assert opened.size > 2 << 30
+    opened.close()
+    assert image.stat().st_size == length
+    with pytest.raises(ImageError, match=f"disk vda is to have {size}"):
+        Capture(tmp_path, [DiskOf("vda", image, "qcow2", size)]).start()
+    grown = qcow2(tmp_path / "b.qcow2", "256M")
+    os.truncate(grown, size + MIB)
+    opened = Image(0, "vda", str(grown), "qcow2", size)
+    assert opened.size == size + MIB
+    opened.close()
+
+
 LARGEST = [
     (bits, size, entry)
     for bits in range(9, 22)

@@ -143,11 +143,17 @@ def open_images(disks: list[Mapping[str, Any]], *, resuming: bool) -> list[Image
     """Open and lock every disk's image. At a run's beginning each must still be what its base or the last run left."""
     images: list[Image] = []
     for disk in disks:
-        image = Image(disk["index"], disk["target"], disk["image"], disk["format"])
+        image = Image(disk["index"], disk["target"], disk["image"], disk["format"], disk.get("size"))
         images.append(image)
         expected = disk.get("identity")
         if expected and not resuming and image.identity() != ImageIdentity(**expected):
             raise ImageError(f"{image.path}: changed while the VM was being started", "find out by whom, then start again")
+        if image.size != disk.get("size", image.size):
+            raise ImageError(
+                f"{image.path}: {image.size} bytes, but disk {image.target} is to have {disk['size']}",
+                "put the image back that the VM last ran with, then start again",
+            )
+        image.extend()
     return images
 
 

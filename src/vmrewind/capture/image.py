@@ -1,7 +1,8 @@
 """A protected disk's image: a raw file, a block device, or the bytes of a qcow2 file, opened, locked, and written.
 
 For qcow2 the guest's QEMU keeps its format driver above the capture; here the file is bytes like any other. Since an NBD export
-cannot grow, the file is extended sparsely, once, to hold every cluster and all metadata that the virtual size can need.
+cannot grow, the file is extended sparsely, once, to hold every cluster and all metadata that the virtual size can need. From then
+on it keeps that size, which its base and its records are of.
 """
 
 from __future__ import annotations
@@ -86,9 +87,13 @@ def qcow2_export_size(virtual_size: int, cluster_size: int, file_size: int, *, s
 
 
 class Image:
-    """An open, exclusively locked image. ``size`` is the export's, bytes."""
+    """An open, exclusively locked image. ``size`` is the export's, bytes.
 
-    def __init__(self, index: int, target: str, path: str, image_format: str) -> None:
+    ``known_size`` is what an earlier run exported. A qcow2 file that its disk still fits into keeps it, whatever internal
+    snapshots were made since, and nothing touches the file before ``extend``. Without one, a qcow2 file is extended at once.
+    """
+
+    def __init__(self, index: int, target: str, path: str, image_format: str, known_size: int | None = None) -> None:
         self.index = index
         self.target = target
         self.path = path
@@ -96,14 +101,16 @@ class Image:
         self.backing: str | None = None
         self.fd = _open_locked(path)
         try:
-            self.size = self._check_format()
             self.block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
+            self.size = self._check_format(known_size)
+            if known_size is None:
+                self.extend()
             self.fast_zero, self.fast_zero_kept = (False, False) if self.block_device else self._fast_zeroes()
         except BaseException:
             os.close(self.fd)
             raise
 
-    def _check_format(self) -> int:
+    def _check_format(self, known_size: int | None) -> int:
         size = device_size(self.fd)
         head = os.pread(self.fd, 104, 0)
         is_qcow2 = head[:4] == b"QFI\xfb"
@@ -125,19 +132,27 @@ class Image:
             raise ImageError(
                 f"{self.path}: its data is in another file, which would go unprotected", "convert it: qemu-img convert"
             )
+        if self.block_device:
+            return size
         entry_size = 16 if features & _QCOW2_EXTENDED_L2 else 8
+        if known_size is not None:
+            least = qcow2_export_size(virtual_size, 1 << cluster_bits, size, entry_size=entry_size)
+            if size <= known_size and least <= known_size:
+                return known_size
         needed = qcow2_export_size(virtual_size, 1 << cluster_bits, size, snapshots=snapshots, entry_size=entry_size)
-        if size < needed and not stat.S_ISBLK(os.fstat(self.fd).st_mode):
-            # Sparse: costs no space. A file that was extended before keeps its size, so this happens once.
-            try:
-                os.ftruncate(self.fd, needed)
-            except OSError as error:
-                raise ImageError(
-                    f"{self.path}: cannot be extended to {needed} bytes: {error.strerror}",
-                    "its file system must allow files of that size; they take no more space than before",
-                ) from error
-            return needed
-        return size
+        return max(size, needed)
+
+    def extend(self) -> None:
+        """Make a qcow2 file as long as its export, which costs no space; raises ImageError."""
+        if self.block_device or os.fstat(self.fd).st_size >= self.size:
+            return
+        try:
+            os.ftruncate(self.fd, self.size)
+        except OSError as error:
+            raise ImageError(
+                f"{self.path}: cannot be extended to {self.size} bytes: {error.strerror}",
+                "its file system must allow files of that size; they take no more space than before",
+            ) from error
 
     def _fast_zeroes(self) -> tuple[bool, bool]:
         """Whether the image's file system zeroes a range without writing it: (as a hole, allocated).

@@ -201,6 +201,7 @@ def assignment(
                 "target": disk.target,
                 "image": disk.image,
                 "format": disk.format,
+                "size": disk.size,
                 "identity": asdict(plan.identities[disk.target]),
             }
             for disk in info.disks
