@@ -24,6 +24,7 @@ from tests.capture_tools import (
     raw_image,
     until,
 )
+from vmrewind.capture.policy import RUN_DONE
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Segment, segment_files
 from vmrewind.journal.state import StatePage
@@ -53,9 +54,9 @@ def used(journal: Path) -> int:
 
 
 def ship(capture: Capture, seq: int, run: int = RUN) -> None:
-    """Ship's word that it has carried everything up to a record."""
+    """Ship's word that it has carried everything of a run up to a record, and RUN if it is older."""
     temporary = capture.journal / "shipped.tmp"
-    temporary.write_text(json.dumps({"run": fmt.run_name(run), "seq": seq}))
+    temporary.write_text(json.dumps({"runs": {fmt.run_name(RUN): RUN_DONE, fmt.run_name(run): seq}}))
     temporary.replace(capture.journal / "shipped.json")
 
 
@@ -124,7 +125,7 @@ def test_shipped_history_is_recycled_without_a_word(tmp_path: Path) -> None:
     with capture_of(tmp_path, "drop-history") as capture:
         with Client(capture.socket_path) as client:
             write_much(client, 4)
-            ship(capture, 1 << 60)
+            ship(capture, RUN_DONE)
             write_much(client, 20)
         assert capture.stop() == 0
         assert capture.events("history.dropped") == []
@@ -155,7 +156,7 @@ def test_block_holds_the_guest_until_ship_lets_go(tmp_path: Path) -> None:
         until(lambda: capture.events("journal.room"), "the end of the hold")
         assert segment_files(capture.journal)[0].number in (2, 3, 4)
         assert capture.events("history.dropped") == []
-        ship(capture, 1 << 60)
+        ship(capture, RUN_DONE)
         write_much(vda, 12)
         assert not capture.instruct(command="status")["journal_full"]
 
@@ -167,7 +168,7 @@ def test_requests_held_are_served_in_order_once_there_is_room(tmp_path: Path) ->
         requests = [client.request(nbd.CMD_WRITE, 4096 * (i % 5), data=bytes([i]) * 3000) for i in range(40)]
         requests.append(client.request(nbd.CMD_FLUSH))
         client.sock.sendall(b"".join(requests))
-        ship(capture, 1 << 60)
+        ship(capture, RUN_DONE)
         for _ in range(42):
             assert client.reply()[1] == 0
         for i in range(35, 40):
@@ -185,7 +186,7 @@ def test_a_held_client_that_leaves_takes_its_requests_along(tmp_path: Path) -> N
             client.sock.sendall(b"".join(client.request(nbd.CMD_WRITE, 0, data=b"gone" * 1000) for _ in range(20)))
         until(lambda: capture.instruct(command="status")["disks"]["vda"]["clients"] == 0, "its end to be seen")
         assert not capture.instruct(command="status")["journal_full"]
-        ship(capture, 1 << 60)
+        ship(capture, RUN_DONE)
         with Client(capture.socket_path) as client:
             client.write(0, b"next")
             assert client.read(0, 4) == b"next"
@@ -210,7 +211,7 @@ def test_a_held_run_ends_cleanly_nonetheless(tmp_path: Path) -> None:
         assert start.record.flags == fmt.Event.START
         with Client(capture.socket_path) as client:
             assert client.read(0, 4) == (tmp_path / "a.raw").read_bytes()[:4]
-            ship(capture, 0, RUN + 1)
+            ship(capture, RUN_DONE)
             client.write(0, b"more")
 
 
@@ -236,7 +237,7 @@ def test_a_flush_needs_room_too_and_reads_of_others_do_not(tmp_path: Path) -> No
         with quick(client), pytest.raises(TimeoutError):
             write_much(client, 12)
         assert len(reader.read(0, CHUNK)) == CHUNK
-        ship(capture, 1 << 60)
+        ship(capture, RUN_DONE)
         assert client.reply()[1] == 0
         client.flush()
 

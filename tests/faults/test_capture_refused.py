@@ -202,7 +202,7 @@ def test_a_full_journal_makes_history_wait_and_the_next_write_too(tmp_path: Path
             other.sock.sendall(other.request(nbd.CMD_WRITE, 0, data=b"later"))
             until(lambda: capture.instruct(command="status")["journal_full"], "the journal to be full")
             assert capture.instruct(command="mark", name="x")["kind"] == "space"
-            (capture.journal / "shipped.json").write_text(json.dumps({"run": fmt.run_name(RUN), "seq": 30}))
+            (capture.journal / "shipped.json").write_text(json.dumps({"runs": {fmt.run_name(RUN): 30}}))
             assert other.reply()[1] == 0
             assert capture.instruct(command="mark", name="x")["ok"]
         image_now = image.read_bytes()

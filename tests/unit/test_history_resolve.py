@@ -15,6 +15,7 @@ from vmrewind.history.resolve import resolve
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
 from vmrewind.journal.pool import Recycling
+from vmrewind.journal.reader import Segment
 from vmrewind.journal.runs import Discontinuity
 
 K = 1024
@@ -327,3 +328,51 @@ def test_a_lost_parent_leaves_what_stands_on_its_own_base(made: MadeHistory) -> 
     with made.open() as history:
         assert where(made, history, "latest", "vdb") == last
         assert f"run {first:016x}" in str(refused(made, history, "latest", "vda"))
+
+
+def undone_run(made: MadeHistory) -> tuple[int, int]:
+    """A run that was taken back to its beginning, and the run after that; the repository knows of both."""
+    end = made.stop()
+    made.ship(made.run, 1, end.seq)
+    undone = made.start(parent=end)
+    made.write("vda", 0, b"B" * 512)
+    made.stop()
+    made.go_back(end)
+    after = made.start(parent=end)
+    made.write("vda", 0, b"C" * 512)
+    made.ship_runs()
+    return undone, after
+
+
+def test_an_undone_run_that_was_recycled_is_not_taken_for_its_parent(made: MadeHistory) -> None:
+    undone, _ = undone_run(made)
+    with made.open() as history:
+        assert resolve(history, history.branch(f"{undone:x}"), "latest", ["vda"], made.now_ns).run == undone
+    for path in made.segment_paths():
+        if path.name.startswith(f"{undone:016x}"):
+            path.unlink()
+    for local in (True, False):
+        with made.open(local=local) as history:
+            with pytest.raises(MomentError, match=r"recycled before they were shipped|are not in the repository") as caught:
+                resolve(history, history.branch(f"{undone:x}"), "latest", ["vda"], made.now_ns)
+            assert f"{undone:016x}" in str(caught.value)
+
+
+def test_a_run_without_records_is_as_its_parent_only_if_its_journal_is_here(made: MadeHistory) -> None:
+    end = made.stop()
+    made.ship_runs()
+    made.ship(made.run, 1, end.seq)
+    newest = made.start(parent=end)
+    made.ship_runs()
+    path = made.segment_paths()[-1]
+    with Segment(path) as segment:
+        (start,) = segment.batches()
+    with open(path, "r+b") as file:
+        file.seek(start.position)
+        file.write(bytes(start.end - start.position))
+    with made.open() as history:
+        assert where(made, history, "latest") == end.seq
+    with made.open(local=False) as history:
+        error = refused(made, history, "latest")
+        assert f"run {newest:016x} are not in the repository" in str(error)
+        assert f"(seq:{end.seq})" in error.hint

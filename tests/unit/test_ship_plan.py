@@ -20,9 +20,13 @@ def run_info(
     )
 
 
-def plan(runs: list[RunInfo], disks: str, *shipped: tuple[int, int, int, int]) -> tuple[list[tuple[object, ...]], bool]:
+def plan(
+    runs: list[RunInfo], disks: str, *shipped: tuple[int, int, int, int], held: set[int] | None = None
+) -> tuple[list[tuple[object, ...]], bool]:
     """(entries as (run, first, last, mask, cut), whether live ones go out beside the backlog); the last entry is the live one."""
-    made = make_plan({info.run: info for info in runs}, sorted(disks), Coverage(SegmentName(*s, "vm") for s in shipped))
+    coverage = Coverage(SegmentName(*s, "vm") for s in shipped)
+    every = {info.run: info for info in runs}
+    made = make_plan(every, sorted(disks), coverage, every.keys() if held is None else held)
     entries = [*made.backlog, *([made.live] if made.live else [])]
     return [(e.run, e.first, e.last, e.mask, e.cut) for e in entries], made.live_now
 
@@ -66,22 +70,28 @@ def test_parents_are_completed_first_back_to_each_disks_base() -> None:
         run_info(3, 201, (2, 200)),
     ]
     assert plan(runs, "ab") == (
-        [(1, 1, None, 0b10, 100), (2, 101, None, 0b11, 200), (3, 201, None, 0b11, None)],
+        [(1, 1, None, 0b10, 100), (2, 101, None, 0b11, 200), (1, 1, None, 0b01, None), (3, 201, None, 0b11, None)],
         False,
     )
-    assert plan(runs, "a") == ([(2, 101, None, 0b01, 200), (3, 201, None, 0b01, None)], False)
+    branch = [(2, 101, None, 0b01, 200), (3, 201, None, 0b01, None)]
+    assert plan(runs, "a", held={2, 3}) == (branch, False)
+    assert plan(runs, "a") == ([branch[0], (1, 1, None, 0b01, None), branch[1]], False)
 
 
 def test_a_gap_ends_the_branch_of_its_disk() -> None:
     runs = [FIRST, run_info(2, 101, (1, 100), bases="a", gaps="a")]
-    assert plan(runs, "ab") == ([(1, 1, None, 0b10, 100), (2, 101, None, 0b11, None)], True)
+    assert plan(runs, "ab", held={2}) == ([(1, 1, None, 0b10, 100), (2, 101, None, 0b11, None)], True)
+    entries = [(1, 1, None, 0b10, 100), (1, 1, None, 0b01, None), (2, 101, None, 0b11, None)]
+    assert plan(runs, "ab") == (entries, True)
 
 
-def test_a_run_off_the_branch_is_completed_if_it_was_begun_and_left_alone_otherwise() -> None:
+def test_a_run_off_the_branch_is_carried_last_while_it_is_here_and_holds_nothing_up() -> None:
     runs = [FIRST, run_info(2, 101, (1, 100)), run_info(3, 51, (1, 50))]
-    assert plan(runs, "a")[0] == [(1, 1, None, 1, 50), (3, 51, None, 1, None)]
-    assert plan(runs, "a", (2, 101, 110, 1))[0] == [(1, 1, None, 1, 50), (2, 111, None, 1, None), (3, 51, None, 1, None)]
-    assert plan(runs, "b", (2, 101, 110, 1))[0] == [(1, 1, None, 2, 50), (3, 51, None, 2, None)]
+    entries = [(1, 1, None, 1, 50), (2, 101, None, 1, None), (3, 51, None, 1, None)]
+    assert plan(runs, "a") == (entries, False)
+    assert plan(runs, "a", (1, 1, SEQ_MAX, 1)) == (entries[1:], True)
+    assert plan(runs, "a", (2, 101, 110, 1))[0] == [entries[0], (2, 111, None, 1, None), entries[2]]
+    assert plan(runs, "a", held={1, 3})[0] == [entries[0], entries[2]]
 
 
 def test_what_is_known_to_be_complete_is_not_looked_for() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ship_support import MIB, UUID, VM, WrittenJournal, covered, shipped
+from vmrewind.capture.policy import RUN_DONE
 from vmrewind.errors import RepositoryError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Segment, segment_files
@@ -46,9 +47,9 @@ class Place:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [(e["disks"], e["first_seq"], e["last_seq"]) for e in lines if e["event"] == "ship.hole"]
 
-    def noted(self) -> tuple[int, int]:
+    def noted(self) -> dict[int, int]:
         word = json.loads((self.journal / "shipped.json").read_bytes())
-        return int(word["run"], 16), word["seq"]
+        return {int(run, 16): seq for run, seq in word["runs"].items()}
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_every_record_of_a_run_arrives(place: Place) -> None:
         assert covered(place.vm, 7, disk) == [(1, written.truth[-1].seq)]
     assert place.vm.uuid() == UUID
     assert place.vm.runs() == [written.info]
-    assert place.noted() == (7, written.truth[-1].seq)
+    assert place.noted() == {7: written.truth[-1].seq}
     assert place.holes(7) == []
 
 
@@ -168,7 +169,7 @@ def test_a_disk_switched_on_later_is_backfilled_and_joins(place: Place) -> None:
         assert covered(place.vm, 7, disk) == [(1, written.truth[-1].seq)]
     assert {name.mask for name in place.vm.segments() if name.last <= then} == {0b01, 0b10}
     assert place.vm.segments()[-1].mask == 0b11
-    assert place.noted() == (7, written.truth[-1].seq)
+    assert place.noted() == {7: written.truth[-1].seq}
 
 
 def test_the_others_do_not_wait_for_a_disk_that_catches_up(place: Place) -> None:
@@ -239,13 +240,65 @@ def test_the_parents_of_the_run_are_completed_first(place: Place) -> None:
         assert shipped(place.vm, 8, disk) == second.of(disk)
     assert place.vm.runs() == [first.info, second.info]
     assert place.holes(7) == place.holes(8) == []
-    assert place.noted() == (8, second.truth[-1].seq)
+    assert place.noted() == {7: RUN_DONE, 8: second.truth[-1].seq}
 
 
-def test_a_parent_behind_a_base_is_not_carried(place: Place) -> None:
-    two_runs(place, bases=BOTH)
+def test_a_parent_behind_a_base_is_carried_after_what_is_needed(place: Place) -> None:
+    first, second = two_runs(place, bases=BOTH)
+    shipper = place.shipper()
+    shipper.step(BOTH, hurry=True)
+    assert covered(place.vm, 8, 0) == [(second.info.first_seq, second.truth[-1].seq)]
+    place.drain(BOTH, shipper)
+    assert shipped(place.vm, 7, 0) == first.of(0)
+
+
+def test_what_was_taken_back_is_carried_too_and_not_called_shipped_before(place: Place) -> None:
+    first = WrittenJournal(place.journal, 7)
+    first.describe()
+    some_batches(first, 10)
     place.drain(BOTH)
-    assert {name.run for name in place.vm.segments()} == {8}
+    cut = first.truth[-1]
+    parent = Position(7, cut.seq, cut.time_ns)
+    undone = WrittenJournal(place.journal, 8, first_seq=cut.seq + 1, parent=parent, bases=())
+    undone.describe()
+    some_batches(undone, 10, 2)
+    third = WrittenJournal(place.journal, 9, first_seq=cut.seq + 1, parent=parent, bases=())
+    third.describe()
+    some_batches(third, 10, 3)
+    shipper = place.shipper()
+    while shipper.step(BOTH, hurry=True) == 0.0:
+        assert 8 not in place.noted() or covered(place.vm, 8, 0) or place.noted()[8] == cut.seq
+    for disk in (0, 1):
+        assert shipped(place.vm, 8, disk) == undone.of(disk)
+        assert shipped(place.vm, 9, disk) == third.of(disk)
+    assert place.noted() == {7: RUN_DONE, 8: RUN_DONE, 9: third.truth[-1].seq}
+    assert [info.run for info in place.vm.runs()] == [7, 8, 9]
+
+
+def test_a_damaged_run_holds_up_no_other(place: Place) -> None:
+    first = WrittenJournal(place.journal, 7)
+    first.describe()
+    while first.writer.segment_number < 2:
+        first.batch([(fmt.Op.WRITE, 0, os.urandom(MIB))])
+    last = segment_files(place.journal, 7)[-1].path
+    second = WrittenJournal(place.journal, 8, first_seq=first.truth[-1].seq + 1, bases=BOTH)
+    second.describe()
+    some_batches(second, 10)
+    with open(last, "r+b") as file:
+        file.write(b"damaged!")
+    place.drain(BOTH)
+    assert shipped(place.vm, 8, 0) == second.of(0)
+    assert covered(place.vm, 7, 0)[0][0] == 1
+
+
+def test_a_run_that_never_reached_its_cpu_waits_for_nothing(place: Place) -> None:
+    first = WrittenJournal(place.journal, 6)
+    some_batches(first, 1)
+    written = WrittenJournal(place.journal)
+    written.describe()
+    some_batches(written, 1)
+    place.drain(BOTH)
+    assert place.noted() == {6: RUN_DONE, 7: written.truth[-1].seq}
 
 
 def test_a_new_run_under_a_living_ship_is_followed_and_the_old_one_completed(place: Place) -> None:

@@ -17,6 +17,8 @@ from vmrewind.journal.writer import JournalWriter
 
 POLICIES: Final = ("drop-history", "block")
 _SHIPPED_READ_SECONDS: Final = 0.05
+RUN_DONE: Final = (1 << 64) - 1
+"""In ``shipped.json``: nothing more of this run is to be carried, whatever its last record is."""
 
 
 class FullPolicy:
@@ -29,7 +31,7 @@ class FullPolicy:
         self.name = name
         self._journal = journal
         self._state = state
-        self._shipped: tuple[int, int] = (0, 0)
+        self._shipped: dict[int, int] = {}
         self._read_at = 0.0
 
     def checkpoint_due(self, writer: JournalWriter, state: StatePage) -> bool:
@@ -56,15 +58,16 @@ class FullPolicy:
             return self._successor(replace(segment, number=segment.number + 1))
 
     def _is_shipped(self, segment: SegmentFile, successor: SegmentHeader | None) -> bool:
-        """Whether ship has carried all of the segment away: ``shipped.json`` is its word, written after the objects were."""
+        """Whether ship has carried all of the segment away: ``shipped.json`` is its word on each run, written after the objects.
+
+        A run that it says nothing of was not shipped, however old it is.
+        """
         if time.monotonic() - self._read_at > _SHIPPED_READ_SECONDS:
             self._read_at = time.monotonic()
             try:
                 word = json.loads((self._journal / "shipped.json").read_bytes())
-                self._shipped = int(word["run"], 16), int(word["seq"])
-            except (OSError, ValueError, KeyError, TypeError):
-                self._shipped = (0, 0)
-        run, seq = self._shipped
-        if segment.run != run:
-            return segment.run < run
-        return successor is not None and successor.first_seq - 1 <= seq
+                self._shipped = {int(run, 16): int(seq) for run, seq in word["runs"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+                self._shipped = {}
+        last_seq = successor.first_seq - 1 if successor is not None else RUN_DONE
+        return self._shipped.get(segment.run, -1) >= last_seq

@@ -74,6 +74,9 @@ class Known(Protocol):
     def goes_on(self, run: int) -> bool:
         """Whether nothing can have happened behind the last known record of a run: it ended, or its journal is here."""
 
+    def nothing_lost(self, info: RunInfo) -> str | None:
+        """Why a run of which no record is known may have had some nonetheless, None if it cannot."""
+
 
 def cover(known: Known, branch: Branch, target: str) -> Coverage:
     """The coverage of one disk along a branch."""
@@ -112,8 +115,11 @@ class _Walk:
         records = self._known.records(info.run)
         end = leg.cut if leg.cut is not None else max(records.last(disk.index) or 0, self._known.ends.get(info.run, 0))
         if end < info.first_seq:
-            # A run that nothing is known of yet: the disk is still as its base or its parent left it.
-            self._reached = True
+            # A run without records leaves the disk as its base or its parent did. But is it one?
+            problem = None if leg.cut is not None else self._known.nothing_lost(info)
+            self._reached = problem is None
+            if problem is not None:
+                self._interrupt(info.start_time_ns, problem)
             return
         hole = next(records.holes(disk.index, info.first_seq, end), None)
         last = end if hole is None else hole.first - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -44,6 +44,7 @@ class History:
         bases: Path | None,
         problem: VmrewindError | None,
         opened_ns: int,
+        described_here: Set[int],
     ) -> None:
         self.name = name
         self.runs = runs
@@ -52,6 +53,7 @@ class History:
         self.problem = problem
         self.opened_ns = opened_ns
         self._bases = bases
+        self._described_here = described_here
         self._local = local
         grouped: dict[int, tuple[list[LocalSource], list[ShippedSource], list[BrokenFile]]] = defaultdict(lambda: ([], [], []))
         for source in local:
@@ -94,7 +96,8 @@ class History:
                     shipped = [ShippedSource(repository, key, cache) for key in repository.segments()]
                 except RepositoryError as error:
                     repository, problem, there, shipped = None, error, [], []
-            return cls(name, merge_runs(here, there), local, broken, shipped, head, repository, bases, problem, opened_ns)
+            runs, described_here = merge_runs(here, there), {info.run for info in here}
+            return cls(name, runs, local, broken, shipped, head, repository, bases, problem, opened_ns, described_here)
         except BaseException:
             for source in local:
                 source.close()
@@ -166,6 +169,22 @@ class History:
         if records.local and records.last_known == records.local[-1].last:
             return True
         return records.last_known is not None and self._is_stop(records, records.last_known)
+
+    def nothing_lost(self, info: RunInfo) -> str | None:
+        """Why a run of which no record is known may have had some nonetheless, None if it cannot.
+
+        It cannot if its journal is here from its beginning on: that of the newest run, as older ones may have been recycled.
+        """
+        which = f"the records of run {run_name(info.run)}"
+        if info.run not in self._described_here:
+            return f"{which} are not in the repository, and its journal is not here"
+        records = self.records(info.run)
+        if (damage := records.damage) is not None:
+            return f"{which} cannot be read: {damage}"
+        newest = max(max(self.runs), *(run for run, known in self._records.items() if known.local or known.broken), 0)
+        if info.run != newest or (records.local and records.local[0].number != 1):
+            return f"{which} were recycled before they were shipped: they are neither in the journal nor in the repository"
+        return None
 
     @staticmethod
     def _is_stop(records: RunRecords, seq: int) -> bool:

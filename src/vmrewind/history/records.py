@@ -95,6 +95,11 @@ class RunRecords:
         """Why records behind the last known one are lost, None if nothing says so."""
         if self.last_known is None or (self.local and self.last_known > self.local[-1].last):
             return None
+        return self.damage
+
+    @property
+    def damage(self) -> str | None:
+        """What is seen to be wrong at the local journal's end, None if nothing is."""
         if self.local and self.local[-1].damage is not None:
             return f"{self.local[-1].name} is damaged at offset {self.local[-1].end}: {self.local[-1].damage}"
         return self._broken_after(self.local[-1] if self.local else None)

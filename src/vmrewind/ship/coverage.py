@@ -40,9 +40,6 @@ class Ranges:
             found.append((first, None))
         return found
 
-    def __bool__(self) -> bool:
-        return bool(self._firsts)
-
 
 class Coverage:
     """The ranges of every run and disk index."""
@@ -61,10 +58,11 @@ class Coverage:
             mask >>= 1
             index += 1
 
+    def reached(self, run: int, disk_index: int, first: int) -> int:
+        """Seq up to which nothing is to be done from ``first`` on for one disk of a run: ``first - 1`` if nothing was."""
+        missing = self.missing(run, disk_index, first)
+        return missing[0][0] - 1 if missing else SEQ_MAX
+
     def missing(self, run: int, disk_index: int, first: int) -> list[tuple[int, int | None]]:
         """As ``Ranges.missing``, of one disk of a run."""
         return self._ranges.get((run, disk_index), Ranges()).missing(first)
-
-    def has_any(self, run: int, disk_index: int) -> bool:
-        """Whether anything of the disk was shipped of that run."""
-        return bool(self._ranges.get((run, disk_index)))

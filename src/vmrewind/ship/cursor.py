@@ -93,7 +93,13 @@ class Cursor:
                 batch = self._segment.batch_at(self._position, self._batch)
                 piece = self._verified(batch)
                 if piece is None:
-                    if hole := self._advance(successors):
+                    try:
+                        hole = self._advance(successors)
+                    except CorruptionError:
+                        if self._growing:
+                            raise
+                        return None  # It is not going to be mended, and what other runs have must not wait for it.
+                    if hole is not None:
                         return hole
                     continue
             self._pass(piece.batch)

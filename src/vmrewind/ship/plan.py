@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from vmrewind.journal.runs import RunInfo
@@ -13,7 +13,8 @@ from vmrewind.ship.coverage import Coverage
 class Entry:
     """Records of a run from ``first`` to ``last`` (None: to its end) of the disks in ``mask``, called ``targets``.
 
-    ``cut`` is the seq up to which a later run needs this one, None if none does.
+    ``cut`` is the seq up to which a later run needs this one, None if none does. ``on_branch``: the newest run's history
+    cannot be restored without it.
     """
 
     run: int
@@ -22,11 +23,15 @@ class Entry:
     mask: int
     targets: frozenset[str]
     cut: int | None = None
+    on_branch: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``live`` follows the newest run's end; ``backlog`` is what lies before it, oldest first. ``runs`` are those concerned."""
+    """``live`` follows the newest run's end; ``backlog`` is what else there is: what its branch needs first, each oldest first.
+
+    ``runs`` are those concerned.
+    """
 
     live: Entry | None
     backlog: tuple[Entry, ...]
@@ -36,26 +41,30 @@ class Plan:
     def live_now(self) -> bool:
         """Whether the live records go out beside the backlog: so that a disk whose history is complete does not wait for others.
 
-        If every disk has a backlog it goes first, in order of time: then whatever is shipped can be restored.
+        If every disk has a backlog on the branch it goes first, in order of time: then whatever is shipped can be restored.
         """
-        behind = {target for entry in self.backlog for target in entry.targets}
+        behind = {target for entry in self.backlog if entry.on_branch for target in entry.targets}
         return self.live is not None and not self.live.targets <= behind
 
 
-def make_plan(runs: Mapping[int, RunInfo], disks: Sequence[str], coverage: Coverage) -> Plan:
-    """The plan for carrying ``disks``. ``runs`` are those that the local journal describes, by id."""
+def make_plan(runs: Mapping[int, RunInfo], disks: Sequence[str], coverage: Coverage, held: Set[int]) -> Plan:
+    """The plan for carrying ``disks``. ``runs`` are those that are described, by id; of those in ``held`` there are segments here.
+
+    Everything that is here is carried, what was taken back too: the journal will not have it for ever.
+    """
     if not runs:
         return Plan(None, (), ())
     newest = max(runs)
     cuts, wanted = _wanted(runs, newest, disks)
-    for run, info in runs.items():
-        # Once begun, a run is completed although the branch may need no more of it: it was to be carried while it ran.
-        for disk in info.disks:
-            if run != newest and disk.target in disks and coverage.has_any(run, disk.index):
-                wanted.setdefault(run, set()).add(disk.target)
-    entries = [entry for run in sorted(wanted) for entry in _entries(runs[run], wanted[run], cuts.get(run), coverage)]
-    live = entries[-1] if entries and entries[-1].run == newest else None
-    return Plan(live, tuple(entry for entry in entries if entry is not live), tuple(runs[run] for run in sorted(wanted)))
+    branch = [entry for run in sorted(wanted) for entry in _entries(runs[run], wanted[run], cuts.get(run), coverage)]
+    others: list[Entry] = []
+    for run in sorted(held & runs.keys() - {newest}):
+        left = {disk.target for disk in runs[run].disks if disk.target in disks} - wanted.get(run, set())
+        others += _entries(runs[run], left, None, coverage, on_branch=False)
+        if left:
+            wanted.setdefault(run, set()).update(left)
+    live = branch.pop() if branch and branch[-1].run == newest else None
+    return Plan(live, (*branch, *others), tuple(runs[run] for run in sorted(wanted)))
 
 
 def _wanted(runs: Mapping[int, RunInfo], newest: int, disks: Sequence[str]) -> tuple[dict[int, int], dict[int, set[str]]]:
@@ -73,7 +82,7 @@ def _wanted(runs: Mapping[int, RunInfo], newest: int, disks: Sequence[str]) -> t
     return cuts, wanted
 
 
-def _entries(info: RunInfo, targets: set[str], cut: int | None, coverage: Coverage) -> list[Entry]:
+def _entries(info: RunInfo, targets: Set[str], cut: int | None, coverage: Coverage, *, on_branch: bool = True) -> list[Entry]:
     """A run's missing ranges, cut so that each has one set of disks."""
     missing = {disk: coverage.missing(info.run, disk.index, info.first_seq) for disk in info.disks if disk.target in targets}
     bounds = {first for ranges in missing.values() for first, _ in ranges}
@@ -86,5 +95,5 @@ def _entries(info: RunInfo, targets: set[str], cut: int | None, coverage: Covera
         if disks:
             mask = sum(1 << disk.index for disk in disks)
             names = frozenset(disk.target for disk in disks)
-            entries.append(Entry(info.run, first, None if following is None else following - 1, mask, names, cut))
+            entries.append(Entry(info.run, first, None if following is None else following - 1, mask, names, cut, on_branch))
     return entries

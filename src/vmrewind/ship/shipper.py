@@ -17,6 +17,7 @@ from typing import Final
 
 from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.journal.format import run_name
+from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RunInfo, local_runs, run_path
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship.carrier import Carrier, Pulled
@@ -60,7 +61,9 @@ class Shipper:
         self._described: set[int] = set()
         self._shipped_time_ns: int | None = None
         self._meter: _Meter | None = None
-        self._noted: tuple[int, int] | None = None
+        self._runs: dict[int, RunInfo] = {}
+        self._held: set[int] = set()
+        self._noted: dict[int, int] = {}
 
     def step(self, disks: tuple[str, ...], *, hurry: bool = False) -> float:
         """Do what is to be done next for ``disks``; returns for how many seconds there is nothing more to do.
@@ -105,25 +108,38 @@ class Shipper:
         self._described.clear()
 
     def _note_shipped(self) -> None:
-        """Tell capture up to where the journal was carried away: what the journal-full policy goes by."""
-        place = self._shipped_up_to()
-        if place is None or place == self._noted:
+        """Tell capture up to where each run was carried away: what the journal-full policy goes by."""
+        reached = self._reached()
+        if not reached or reached == self._noted:
             return
-        self._noted = place
+        self._noted = reached
         path = self._journal / "shipped.json"
         temporary = path.with_name(".shipped.json.tmp")
+        content = json.dumps({"runs": {run_name(run): seq for run, seq in reached.items()}}).encode()
         # Without a sync: an old word, or none, makes capture keep more than it must, never less.
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"run": run_name(place[0]), "seq": place[1]}))
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.write(fd, content)
+            finally:
+                os.close(fd)
             temporary.replace(path)
 
-    def _shipped_up_to(self) -> tuple[int, int] | None:
-        """(run, seq): everything before it, and it, that is to be carried is in the repository."""
-        carrier = self._backlog if self._plan.backlog else self._live
-        if carrier is not None:
-            return carrier.entry.run, carrier.gathered.first - 1
-        entry = self._plan.backlog[0] if self._plan.backlog else None
-        return None if entry is None else (entry.run, entry.first - 1)
+    def _reached(self) -> dict[int, int]:
+        """By run: the seq up to which everything that is to be carried is in the repository; SEQ_MAX for a run that is done with."""
+        if not self._runs or not self._disks:
+            return {}
+        newest = max(self._runs)
+        reached: dict[int, int] = {}
+        for run in sorted(self._held | {newest}):
+            info = self._runs.get(run)
+            if info is not None:
+                disks = [disk.index for disk in info.disks if disk.target in self._disks]
+                each = (self._coverage.reached(run, index, info.first_seq) for index in disks)
+                reached[run] = min(each, default=SEQ_MAX)
+            elif run < newest:
+                reached[run] = SEQ_MAX  # it never reached its CPU
+        return reached
 
     def _connect(self) -> None:
         vm = Repository.open(self._url).vm(self._name)
@@ -138,8 +154,9 @@ class Shipper:
             return 0
 
     def _replan(self) -> None:
-        runs = {info.run: info for info in local_runs(self._journal)}
-        self._plan = make_plan(runs, self._disks, self._coverage)
+        self._runs = {info.run: info for info in local_runs(self._journal)}
+        self._held = {file.run for file in segment_files(self._journal)}
+        self._plan = make_plan(self._runs, self._disks, self._coverage, self._held)
         self._describe(self._plan.runs)
         if self._backlog is not None:
             self._backlog.cursor.release()
