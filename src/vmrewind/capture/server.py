@@ -466,6 +466,10 @@ class Server:
         """
         disk = self.disks.get(str(request.get("disk")))
         ranges = request.get("ranges", [])
+        if request.get("run") != fmt.run_name(self.writer.run):
+            # A resync that outlived its run compares with the wrong history: it must not close a gap of this one.
+            answer({"ok": False, "kind": "usage", "message": "this capture serves another run"})
+            return
         if disk is None or not _are_ranges(ranges, disk.size):
             answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})
             return

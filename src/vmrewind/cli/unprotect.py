@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -11,9 +12,14 @@ from rich.console import Console
 
 from vmrewind.paths import VmPaths
 from vmrewind.start.hook import stop_keeper
+from vmrewind.start.images import make_whole
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.vmconfig.rewrite import unprotect_domain
 from vmrewind.vmconfig.xml import has_protection
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def unprotect(
@@ -32,6 +38,8 @@ def unprotect(
         if protected:
             found.require_stopped()
             stop_keeper(VmPaths(domain))
+            journal = after.protection.journal
+            make_whole(domain, Path(journal) if journal else VmPaths(domain).default_journal, _say)
             libvirt.define(after.xml)
     if json:
         report = {"domain": domain, "was_protected": protected, "disks": list(after.removed)}

@@ -83,9 +83,9 @@ def resync(history: History, info: RunInfo, target: str, paths: VmPaths, events:
             )
         pending.append([offset, length])
         if len(pending) == _RANGES or sum(size for _, size in pending) >= CHUNK_SIZE // 2:
-            _ask(paths, disk=target, ranges=pending)
+            _ask(paths, run=run_name(info.run), disk=target, ranges=pending)
             pending = []
-    answer_seq = _ask(paths, disk=target, ranges=pending, close=True)
+    answer_seq = _ask(paths, run=run_name(info.run), disk=target, ranges=pending, close=True)
     seconds = round(time.monotonic() - began, 3)
     events.write("resync.done", disk=target, bytes_journaled=journaled, seq=answer_seq, seconds=seconds)
 

@@ -11,6 +11,7 @@ from typing import Any
 from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
+from vmrewind.start.images import make_whole
 from vmrewind.start.keeping import Keeper, Storage
 from vmrewind.start.qemu import Qemu
 from vmrewind.vmconfig.model import VmConfig
@@ -29,6 +30,8 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         # Unprotected, or not readable: the strict parse says which, and the VM needs no capture.
         config = _load(path)
         say(f"{config.name}: protection is off (protection.enabled = false)")
+        journal = config.protection.journal
+        make_whole(config.name, Path(journal) if journal else VmPaths(config.name).default_journal, say)
         return await _unprotected(config, say)
     storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
     keeper = Keeper(storage, "direct")
@@ -48,6 +51,7 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         config = _load(path)
         if config.protection.on_failure != "start-unprotected":
             raise
+        make_whole(config.name, storage.journal, say)
         say(f"{config.name}: NOT PROTECTED: {error}")
         say(f'{config.name}: starting it all the same, because on_failure = "start-unprotected"')
         keeper.events.write("start.unprotected", error=str(error))

@@ -38,6 +38,7 @@ DEATHS_SECONDS: Final = 60
 _PATIENCE_SECONDS: Final = 1.0
 _SHIP_RESTART_SECONDS: Final = 0.2
 _SHIP_FINISH_SECONDS: Final = 7.0
+_LEFTOVER_SECONDS: Final = 60.0
 _RESYNC_RETRY_SECONDS: Final = 2.0
 _RESYNC_RETRY_SECONDS_MAX: Final = 300.0
 
@@ -87,6 +88,7 @@ class Keeper:
         self._stopping = False
         self._qemu_pid: int | None = None
         self._repository: str | None = None
+        self._trouble: str | None = None
 
     @property
     def run_name(self) -> str:
@@ -129,12 +131,13 @@ class Keeper:
             return planner.plan(self.run)
 
         plan = await asyncio.to_thread(make_plan)
+        self._rename(plan.info.run)
         write_durably(run_path(storage.journal, self.run), plan.info.to_json())
         self._plan = plan
         self._assignment = assignment(plan, config, self.paths, self.nbd_socket, *self._sockets)
         try:
             ready = await self._capture.assign(self._assignment)
-        except VmrewindError:
+        except BaseException:
             # Not one record was written: the run never was.
             run_path(storage.journal, self.run).unlink()
             raise
@@ -153,6 +156,15 @@ class Keeper:
             if plan.resync:
                 self._tasks.append(asyncio.create_task(self._resync(repository, plan.resync)))
         return config
+
+    def _rename(self, run: int) -> None:
+        """The plan gave the run another id than this keeper began with."""
+        if run != self.run:
+            log = self.paths.events(self.run)
+            self.run = run
+            log.replace(self.paths.events(run))
+            self.events = EventLog(self.paths.events(run))
+            self._note()
 
     def qemu_started(self, pid: int) -> None:
         """QEMU is there, its CPU still paused."""
@@ -183,6 +195,7 @@ class Keeper:
             Process.of(self._capture.pid) if self._capture else None,
             Process.of(self._ship.pid) if self._ship else None,
             Process.of(self._qemu_pid) if self._qemu_pid else None,
+            self._trouble,
         ).write(self.paths)
 
     # -- keeping
@@ -207,9 +220,16 @@ class Keeper:
                 self._note()
                 await self._capture.assign(self._assignment)
             except (VmrewindError, OSError) as error:
-                self.events.write("capture.restart-failed", error=str(error))
+                hint = getattr(error, "hint", "")
+                trouble = f"{error} ({hint})" if hint else str(error)
+                if trouble != self._trouble:
+                    self._trouble = trouble
+                    self.events.write("capture.restart-failed", error=str(error), hint=hint)
+                self._note()
                 await asyncio.sleep(_PATIENCE_SECONDS)
             else:
+                self._trouble = None
+                self._note()
                 self.events.write("capture.restarted", pid=self._capture.pid)
                 return
 
@@ -281,6 +301,10 @@ async def clear_leftovers(paths: VmPaths) -> None:
     """Refuse a VM that is running; end a capture that its keeper and its QEMU have left behind."""
     keeping = running(paths)
     if keeping is None:
+        left = Keeping.read(paths)
+        if left is not None and left.ship is not None and left.ship.alive:
+            # It would go on with the next run, under the repository that it was given in its time.
+            await _end(left.ship)
         return
     alive = keeping.qemu is not None and keeping.qemu.alive
     if keeping.keeper.alive or alive:
@@ -293,10 +317,17 @@ async def clear_leftovers(paths: VmPaths) -> None:
             f"stop that QEMU first; its disks are served by pid {keeping.capture.pid} until then",
         )
     for process in (keeping.capture, keeping.ship):
-        if process is not None and process.alive:
+        if process is not None:
+            await _end(process)
+
+
+async def _end(process: Process) -> None:
+    """Have a process that an earlier run left behind end, and wait for it; raises StartError if it does not."""
+    if process.alive:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while keeping.capture.alive:
+    deadline = time.monotonic() + _LEFTOVER_SECONDS
+    while process.alive:
         if time.monotonic() > deadline:
-            raise StartError(f"pid {keeping.capture.pid}, a capture left over from an earlier run, does not end", "look at the log")
+            raise StartError(f"pid {process.pid}, left over from an earlier run of the VM, does not end", "see what it waits for")
         await asyncio.sleep(0.05)

@@ -63,8 +63,10 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             result["last_record"] = {key: result["capture"][key] for key in ("run", "seq", "time_ns")}
         except VmrewindError as error:
             problems.append(str(error))
+        if keeping.trouble:
+            problems.append(f"capture died and cannot be started again, the guest's I/O waits: {keeping.trouble}")
         shipping = ship_status(handle.paths.runtime)
-        if shipping is not None:
+        if shipping is not None and keeping.ship is not None and shipping.pid == keeping.ship.pid:
             result.setdefault("ship", {}).update(asdict(shipping))
             if shipping.error:
                 problems.append(f"ship cannot reach the repository: {shipping.error}")

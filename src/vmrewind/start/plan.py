@@ -23,9 +23,7 @@ from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
 from vmrewind.journal.events import EventLog
-from vmrewind.journal.reader import Segment, records, segment_files
 from vmrewind.journal.runs import (
-    RESTORE_PENDING,
     Discontinuity,
     Head,
     ImageIdentity,
@@ -39,6 +37,8 @@ from vmrewind.journal.runs import (
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
+from vmrewind.start.continuity import goes_on, newest_run
+from vmrewind.start.images import refuse_half_restored
 from vmrewind.vmconfig.model import VmConfig
 
 
@@ -105,7 +105,10 @@ class Planner:
         if self.repository is not None:
             self.repository.register(vm_uuid)
         past = self._past()
+        # The host's clock may have been set back since: runs are ordered by their ids, so a later one must have a greater one.
+        run = max(run, newest_run(past.runs) + 1)
         self._check_sizes(past)
+        self._warn()
         images = self.open_images()
         bases: dict[str, str] = {}
         gaps: dict[str, Discontinuity] = {}
@@ -149,11 +152,7 @@ class Planner:
 
     def refuse_pending_restore(self) -> None:
         """Raise VmStateError if the images are between two moments."""
-        if (self.journal / RESTORE_PENDING).exists():
-            raise VmStateError(
-                f"{self.config.name}: a restore in place was interrupted, so its images are half old and half restored",
-                f"run `vmrewind restore {self.config.name} --in-place` again with the same moment: it completes it",
-            )
+        refuse_half_restored(self.config.name, self.journal)
 
     def vm_uuid(self) -> str:
         """The VM's identity: given, known from earlier, or new."""
@@ -258,24 +257,20 @@ class Planner:
             return "the disk was not protected in the last run, or it was restored apart from the others"
         return past.gap_cause
 
+    def _warn(self) -> None:
+        """Tell of settings that will lose history without anybody's noticing."""
+        protection = self.config.protection
+        if protection.ship == "on-demand" and protection.on_journal_full == "drop-history":
+            self.say(
+                f"{self.config.name}: nothing is shipped until `vmrewind ship on`: once {protection.journal_size >> 20} MiB "
+                "are written, the journal drops its oldest history, and nothing can be restored until the next base"
+            )
+
     def _stands(self, image: Image, past: Past) -> bool:
-        """Whether a base lies below the disk's history here, so that it can go on without a new one."""
-        target = image.target
+        """Whether the disk's history can be gone on from here without a new base."""
         if past.position is None or not run_path(self.journal, past.position.run).exists():
             return False
-        runs = {info.run: info for info in past.runs}
-        info = runs.get(past.position.run)
-        while info is not None:
-            base = info.bases.get(target)
-            if base is not None:
-                return self.repository is None or base in self.repository.bases(target)
-            disk = info.disk(target)
-            if disk is None or disk.size != image.size:
-                return False
-            if target in info.gaps and not gap_closed(self.journal, info.run, disk.index):
-                return False
-            info = runs.get(info.parent.run) if info.parent else None
-        return False
+        return goes_on(self.journal, self.repository, past.runs, past.position, image.target, image.size)
 
     def _make_base(self, image: Image, vm_uuid: str, *, first: bool) -> str:
         if self.repository is None:
@@ -289,17 +284,6 @@ class Planner:
         manifest = back_up(self.paths, self.repository, image, vm_uuid, self.progress)
         self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)
         return manifest.id
-
-
-def gap_closed(journal: Path, run: int, disk: int) -> bool:
-    """Whether a resync came to its end in a run, as far as its local segments tell."""
-    for file in segment_files(journal, run):
-        with Segment(file.path) as segment:
-            for batch in segment.batches():
-                for record in records(batch) if batch.count == 1 else ():
-                    if record.op == fmt.Op.EVENT and record.flags == fmt.Event.GAP_END and record.disk == disk:
-                        return True
-    return False
 
 
 def backup(planner: Planner, targets: list[str] | None) -> dict[str, str]:

@@ -47,6 +47,8 @@ class Keeping:
     capture: Process | None = None
     ship: Process | None = None
     qemu: Process | None = None
+    trouble: str | None = None
+    """Why a dead capture could not be replaced yet, with what to do."""
 
     def write(self, paths: VmPaths) -> None:
         """Replace the file; a reader sees the old or the new one. It lives in memory, so nothing is synced."""
@@ -63,7 +65,7 @@ class Keeping:
             keeper = processes.pop("keeper")
             if keeper is None:
                 return None
-            return cls(plain["run"], plain["mode"], keeper, **processes)
+            return cls(plain["run"], plain["mode"], keeper, **processes, trouble=plain.get("trouble"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -1,0 +1,90 @@
+"""Whether a disk's history can be gone on from: a base below it, and no hole between that base and the moment.
+
+Answered from names and headers alone (local segment headers, the names of shipped objects), so that a VM's start costs the same
+however long its history is. Damage inside a segment is found by whoever reads it, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from vmrewind.errors import CorruptionError
+from vmrewind.journal import format as fmt
+from vmrewind.journal.reader import Segment, records, segment_files
+from vmrewind.journal.runs import Position, RunInfo
+from vmrewind.repository.layout import SegmentName
+from vmrewind.repository.repository import VmRepository
+
+Range = tuple[int, int]
+"""(first seq, last seq)."""
+
+
+def goes_on(
+    journal: Path, repository: VmRepository | None, runs: Iterable[RunInfo], position: Position, target: str, size: int
+) -> bool:
+    """Whether the disk's state at ``position`` can be composed, its size unchanged; ``repository`` None counts as having all."""
+    known = {info.run: info for info in runs}
+    shipped = list(repository.segments()) if repository is not None else []
+    run, last = position.run, position.seq
+    while (info := known.get(run)) is not None:
+        disk = info.disk(target)
+        if disk is None or disk.size != size:
+            return False
+        if repository is not None and not _covers(_ranges(journal, info, shipped, disk.index, last), info.first_seq, last):
+            return False
+        base = info.bases.get(target)
+        if base is not None:
+            return repository is None or base in repository.bases(target)
+        if target in info.gaps and not gap_closed(journal, run, disk.index):
+            return False
+        if info.parent is None:
+            return False
+        run, last = info.parent.run, info.parent.seq
+    return False
+
+
+def _ranges(journal: Path, info: RunInfo, shipped: list[SegmentName], disk: int, last: int) -> list[Range]:
+    """What is there of a run's records of a disk: in local segments, and in the repository."""
+    found: list[Range] = [(name.first, name.last) for name in shipped if name.run == info.run and name.carries(disk)]
+    firsts: list[tuple[int, int]] = []
+    for file in segment_files(journal, info.run):
+        try:
+            with Segment(file.path) as segment:
+                firsts.append((file.number, segment.header.first_seq))
+        except (CorruptionError, FileNotFoundError):
+            continue
+    for (number, first), following in zip(firsts, [*firsts[1:], None], strict=True):
+        if following is None:
+            found.append((first, last))
+        elif following[0] == number + 1:
+            found.append((first, following[1] - 1))
+    return found
+
+
+def _covers(ranges: list[Range], first: int, last: int) -> bool:
+    """Whether the ranges together hold every seq in [first, last]."""
+    for begin, end in sorted(ranges):
+        if begin > first:
+            break
+        first = max(first, end + 1)
+    return first > last
+
+
+def gap_closed(journal: Path, run: int, disk: int) -> bool:
+    """Whether a resync came to its end in a run, as far as its local segments tell."""
+    for file in segment_files(journal, run):
+        try:
+            with Segment(file.path) as segment:
+                for batch in segment.batches():
+                    for record in records(batch) if batch.count == 1 else ():
+                        if record.op == fmt.Op.EVENT and record.flags == fmt.Event.GAP_END and record.disk == disk:
+                            return True
+        except (CorruptionError, FileNotFoundError):
+            continue
+    return False
+
+
+def newest_run(runs: Iterable[RunInfo]) -> int:
+    """The greatest run id, 0 without any: every later run must have a greater one, because runs are ordered by their ids."""
+    return max((info.run for info in runs), default=0)

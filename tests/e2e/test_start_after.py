@@ -1,0 +1,181 @@
+"""What a start makes of what it finds: clocks set back, history lost, restores interrupted, processes left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from guests.protected import VMREWIND, vmrewind
+from vmrewind.start.processes import Process
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+
+
+class Alone:
+    """A disk served by ``vmrewind capture``, with a repository."""
+
+    def __init__(self, directory: Path, **protection: str) -> None:
+        self.directory = directory
+        self.image = directory / "vda.raw"
+        self.repository = directory / "repository"
+        self.config = directory / "alone.toml"
+        with self.image.open("wb") as file:
+            file.truncate(SIZE)
+        vmrewind("init", self.repository)
+        self.configure(repository=str(self.repository), **protection)
+
+    def configure(self, **protection: str) -> None:
+        keys = {"journal_size": "64MiB", **protection}
+        lines = ['name = "alone"', "[protection]", "enabled = true", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
+        self.config.write_text("\n".join([*lines, "[[protection.disk]]", 'target = "vda"', f'image = "{self.image}"', ""]))
+
+    @contextmanager
+    def serving(self, **environment: str) -> Iterator[dict[str, Any]]:
+        """Capture runs; yields its ready line, with the keeper's process id added."""
+        process = subprocess.Popen(
+            [VMREWIND, "capture", self.config],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            yield json.loads(line) | {"keeper": process.pid}
+            if process.poll() is None:
+                process.terminate()
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+
+    def write(self, ready: dict[str, Any], pattern: int, offset: int = 0, length: int = MIB) -> None:
+        uri = ready["disks"]["vda"]["uri"]
+        commands = [f"write -P {pattern} {offset} {length}", "flush"]
+        subprocess.run(
+            ["qemu-io", "-f", "raw", uri, *(w for c in commands for w in ("-c", c))], check=True, stdout=subprocess.DEVNULL
+        )
+
+    def restored(self, moment: str, *more: str) -> bytes:
+        output = self.directory / f"out-{time.monotonic_ns()}"
+        vmrewind("restore", self.config, "--at", moment, "--output", output, *more)
+        return (output / "vda.raw").read_bytes()
+
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = json.loads(vmrewind("status", self.config, "--json").stdout)
+        return status
+
+    def events(self) -> list[str]:
+        return [json.loads(line)["event"] for line in vmrewind("events", self.config, "--json").stdout.splitlines()]
+
+    @property
+    def journal(self) -> Path:
+        return Path(os.environ["VMREWIND_STATE_DIR"]) / "vms" / "alone" / "journal"
+
+
+def test_a_clock_that_was_set_back_between_runs(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    ahead = tmp_path / "ahead"
+    ahead.mkdir()
+    (ahead / "sitecustomize.py").write_text(
+        "import time\n_now, _ns = time.time, time.time_ns\n"
+        "time.time = lambda: _now() + 7200\ntime.time_ns = lambda: _ns() + 7200 * 10**9\n"
+    )
+    with alone.serving(PYTHONPATH=str(ahead)) as ready:
+        alone.write(ready, 1)
+    with alone.serving() as ready:
+        alone.write(ready, 2)
+    assert alone.restored("latest") == alone.image.read_bytes()
+    assert alone.image.read_bytes()[0] == 2
+    shutil.rmtree(alone.journal)
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
+def test_a_start_makes_a_base_when_the_history_below_was_lost(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, journal_size="8MiB", ship="on-demand")
+    with alone.serving() as ready:
+        for number in range(24):
+            alone.write(ready, number + 1, number * MIB)
+    lost = vmrewind("restore", alone.config, "--at", "latest", "--output", tmp_path / "no", check=False)
+    assert lost.returncode == 6
+    with alone.serving() as ready:
+        assert "base.made" in alone.events()
+        alone.write(ready, 99)
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
+def test_history_that_was_recycled_here_and_shipped_is_gone_on_from(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, journal_size="8MiB", on_journal_full="block")
+    with alone.serving() as ready:
+        for number in range(24):
+            alone.write(ready, number + 1, number * MIB)
+    with alone.serving() as ready:
+        assert "base.made" not in alone.events() and "history.gap" not in alone.events()
+        alone.write(ready, 99)
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
+def test_half_restored_images_are_never_started(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, on_failure="start-unprotected")
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+    alone.config.write_text(alone.config.read_text().replace("[protection]", '[qemu]\ncommand = ["false"]\n[protection]', 1))
+    (alone.journal / "restore-pending.json").write_text("{}")
+    for config in (alone.config.read_text(), alone.config.read_text().replace("enabled = true", "enabled = false")):
+        alone.config.write_text(config)
+        done = vmrewind("run", alone.config, check=False)
+        assert done.returncode == 8 and "half restored" in done.stderr, done.stderr
+
+
+def test_an_unprotected_start_after_a_crash_has_everything_that_was_flushed(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 7)
+        processes = alone.status()["processes"]
+        for role in ("keeper", "capture", "ship"):
+            os.kill(processes[role]["pid"], signal.SIGKILL)
+    # The host's death: another boot, and the image lacks what was never synced to it.
+    state = bytearray((alone.journal / "capture.state").read_bytes())
+    state[16:32] = bytes(16)
+    (alone.journal / "capture.state").write_bytes(state)
+    written = (alone.journal / "capture.state").stat().st_mtime
+    with alone.image.open("r+b") as file:
+        file.write(bytes(MIB))
+    os.utime(alone.image, (written - 60, written - 60))
+    alone.config.write_text(
+        alone.config.read_text()
+        .replace("[protection]", '[qemu]\ncommand = ["qemu-system-x86_64", "-nonsense"]\n[protection]', 1)
+        .replace("enabled = true", "enabled = false")
+    )
+    vmrewind("run", alone.config, check=False)
+    assert alone.image.read_bytes()[:MIB] == b"\7" * MIB
+
+
+def test_a_ship_that_was_left_over_does_not_serve_the_next_run(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+        before = alone.status()["processes"]
+        for role in ("keeper", "capture"):
+            os.kill(before[role]["pid"], signal.SIGKILL)
+    other = tmp_path / "other"
+    vmrewind("init", other)
+    alone.configure(repository=str(other))
+    with alone.serving() as ready:
+        assert Process.of(before["ship"]["pid"]) is None
+        alone.write(ready, 2)
+    shutil.rmtree(alone.journal)
+    assert alone.restored("latest") == alone.image.read_bytes()
