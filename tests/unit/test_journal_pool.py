@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -16,7 +17,7 @@ from tests.capture_tools import MIB, UUID, until
 from vmrewind.errors import SpaceError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.pool import JournalFull, Recycled, Recycling, SegmentPool, segment_size
-from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader, segment_files
+from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader, segment_files, unpack_segment_header
 
 RUN = 0x42
 GIB = 1 << 30
@@ -146,7 +147,7 @@ def test_older_runs_go_first(tmp_path: Path) -> None:
     ]
 
 
-def test_a_segment_that_is_being_read_is_not_recycled(tmp_path: Path) -> None:
+def test_a_segment_that_is_being_read_is_left_to_its_reader_and_replaced(tmp_path: Path) -> None:
     pool = allotted(tmp_path, 8 * MIB)
     taker = Taker(pool, always(Recycling.DROPS))
     for _ in range(8):
@@ -154,24 +155,47 @@ def test_a_segment_that_is_being_read_is_not_recycled(tmp_path: Path) -> None:
     with Segment(tmp_path / fmt.segment_name(RUN, 1)) as reader:
         for _ in range(3):
             taker.take()
-        assert numbers(tmp_path) == list(range(1, 12)), "the guest goes on beyond the quota"
-        assert os.pread(reader.fd, 8, 0) == fmt.SEGMENT_MAGIC
-        assert reader.header.number == 1
+        assert numbers(tmp_path) == list(range(4, 12)), "the guest goes on within the quota"
+        assert SegmentHeader(UUID.bytes, RUN, 1, 10, 1, 1000, MIB) == reader.header
+        assert unpack_segment_header(os.pread(reader.fd, fmt.SEGMENT_HEADER_SIZE, 0), Path("kept")) == reader.header
+        assert os.fstat(reader.fd).st_nlink == 0, "its space comes back when the reader is done"
+        assert pool.dropped == [Recycled(RUN, number, 10 * number) for number in (1, 2, 3)]
+    assert used(tmp_path) <= 8 * MIB + 65536
+
+
+def test_a_reader_of_everything_that_never_ends_holds_up_nobody(tmp_path: Path) -> None:
+    taker = Taker(allotted(tmp_path, 8 * MIB), always(Recycling.DROPS))
+    for _ in range(8):
+        taker.take()
+    readers = [Segment(file.path) for file in segment_files(tmp_path)]
+    for _ in range(100):
+        taker.take()
+    assert numbers(tmp_path) == list(range(101, 109))
+    assert used(tmp_path) <= 8 * MIB + 65536
+    for number, reader in enumerate(readers, 1):
+        with reader:
+            assert unpack_segment_header(os.pread(reader.fd, fmt.SEGMENT_HEADER_SIZE, 0), Path("kept")).number == number
+
+
+def test_without_space_for_another_the_reader_keeps_its_segment_and_the_journal_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = allotted(tmp_path, 8 * MIB)
+    taker = Taker(pool, always(Recycling.DROPS))
+    for _ in range(8):
+        taker.take()
+
+    def no_space(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Segment(tmp_path / fmt.segment_name(RUN, 1)):
+        monkeypatch.setattr(os, "posix_fallocate", no_space)
+        with pytest.raises(JournalFull):
+            taker.take()
+        assert numbers(tmp_path) == list(range(1, 9))
         assert pool.dropped == []
     taker.take()
-    assert numbers(tmp_path)[0] > 1
-    taker.take()
-    assert len(numbers(tmp_path)) <= 8, "back within the quota once the reader is done"
-
-
-def test_a_reader_that_never_ends_cannot_fill_the_disk(tmp_path: Path) -> None:
-    taker = Taker(allotted(tmp_path, 8 * MIB), always(Recycling.DROPS))
-    taker.take()
-    with Segment(tmp_path / fmt.segment_name(RUN, 1)):
-        with pytest.raises(JournalFull):
-            for _ in range(100):
-                taker.take()
-        assert used(tmp_path) <= 16 * MIB + 65536
+    assert numbers(tmp_path) == list(range(2, 10))
 
 
 def test_a_reader_that_comes_while_its_segment_is_recycled_is_told_so(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ class History:
         records = self.records(info.run)
         if (damage := records.damage) is not None:
             return f"{which} cannot be read: {damage}"
-        newest = max(max(self.runs), *(run for run, known in self._records.items() if known.local or known.broken), 0)
+        newest = max(*self.runs, *(run for run, known in self._records.items() if known.local or known.broken), 0)
         if info.run != newest or (records.local and records.local[0].number != 1):
             return f"{which} were recycled before they were shipped: they are neither in the journal nor in the repository"
         return None

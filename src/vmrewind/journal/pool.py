@@ -162,7 +162,8 @@ class SegmentPool:
         """A segment file to overwrite, open and locked: the oldest, so that history shrinks from its oldest end only.
 
         It stays locked from before it loses its live name until it has its new header: a reader that opened it by the old name
-        waits for its own lock until then, and sees that its segment is gone.
+        waits for its own lock until then, and sees that its segment is gone. One that a reader has locked already is left to that
+        reader, without a name, and a new file takes its place: no reader, however slow, holds up the guest.
         """
         used = self._used()
         for segment in segment_files(self.journal):
@@ -172,22 +173,32 @@ class SegmentPool:
             try:
                 fd = self._open_locked(segment.path)
             except BlockingIOError:
-                # A reader has it. It must not hold up the guest, nor lose what it reads.
-                return self._extra(used, 2 * self.quota)
+                size = segment.path.stat().st_size
+                # First, as it may fail: its space comes back only when the reader is done.
+                extra = self._extra(used - size, self.quota) if used - size + self.segment_size <= self.quota else None
+                self._note_dropped(segment, verdict)
+                os.unlink(segment.path)
+                if extra is not None:
+                    return extra
+                used -= size
+                continue
             size = os.fstat(fd).st_size
-            if verdict is Recycling.DROPS:
-                self.dropped.append(Recycled(segment.run, segment.number, _first_seq(fd, segment.path)))
+            self._note_dropped(segment, verdict)
             if size == self.segment_size and used <= self.quota:
                 free = self.journal / "free-recycled.seg"
                 os.rename(segment.path, free)
                 return free, fd
-            # Of another size, or beyond the quota since a reader held the oldest: give its space back.
+            # Of another size, or beyond the quota since the last run's end was worth it: give its space back.
             os.unlink(segment.path)
             os.close(fd)
             used -= size
             if used + self.segment_size <= self.quota:
                 break
         return self._extra(used, self.quota * (2 if self.stretch else 1))
+
+    def _note_dropped(self, segment: SegmentFile, verdict: Recycling) -> None:
+        if verdict is Recycling.DROPS:
+            self.dropped.append(Recycled(segment.run, segment.number, _first_seq(segment.path)))
 
     def _extra(self, used: int, limit: int) -> tuple[Path, int]:
         """A new segment, if ``limit`` bytes of segments in all allow it."""
@@ -202,8 +213,9 @@ class SegmentPool:
         return path, self._open_locked(path)
 
 
-def _first_seq(fd: int, path: Path) -> int | None:
+def _first_seq(path: Path) -> int | None:
     try:
-        return unpack_segment_header(os.pread(fd, fmt.SEGMENT_HEADER_SIZE, 0), path).first_seq
+        with open(path, "rb", buffering=0) as file:
+            return unpack_segment_header(file.read(fmt.SEGMENT_HEADER_SIZE), path).first_seq
     except (CorruptionError, RepositoryError):
         return None
