@@ -109,13 +109,14 @@ class Planner:
         run = max(run, newest_run(past.runs) + 1)
         self._check_sizes(past)
         self._warn()
-        images = self.open_images()
+        images = self.open_images(past.runs)
         bases: dict[str, str] = {}
         gaps: dict[str, Discontinuity] = {}
         resync: list[str] = []
         try:
             for image in images:
                 self._check_size(image, past, vm_uuid)
+                image.extend()
                 continuous = self._continues(image, past)
                 base = matching_base(self.paths, self.repository, image.target, vm_uuid, image.identity())
                 wanted = self.config.protection.repository is not None
@@ -210,12 +211,13 @@ class Planner:
             except MomentError:
                 return Position(info.run, history.records(info.run).last_known or info.first_seq, info.start_time_ns)
 
-    def open_images(self) -> list[Image]:
-        """Every protected disk's image, open and locked; raises ImageError."""
+    def open_images(self, runs: Sequence[RunInfo] = ()) -> list[Image]:
+        """Every protected disk's image, open and locked, of the size that it had in ``runs``; raises ImageError."""
         images: list[Image] = []
         try:
             for index, disk in enumerate(self.config.protection.disk):
-                images.append(Image(index, disk.target, disk.image, disk.format))
+                known = next((d.size for info in reversed(runs) if (d := info.disk(disk.target))), None)
+                images.append(Image(index, disk.target, disk.image, disk.format, known))
         except BaseException:
             for image in images:
                 image.close()
