@@ -27,7 +27,7 @@ def run(*command: object) -> str:
 def capture(tmp_path: Path) -> Iterator[Capture]:
     image = raw_image(tmp_path / "a.raw", SIZE)
     with Capture(
-        tmp_path, [DiskOf("vda", image), DiskOf("vdb", raw_image(tmp_path / "b.raw", SIZE))], journal_size=256 * MIB
+        tmp_path, [DiskOf("vda", image), DiskOf("vdb", raw_image(tmp_path / "b.raw", SIZE))], journal_size=96 * MIB
     ) as made:
         yield made
 

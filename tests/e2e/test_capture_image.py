@@ -116,7 +116,7 @@ def fill(uri: str, size: int, pattern: int = 0x5A) -> None:
 def test_a_qcow2_image_has_room_for_its_whole_disk(tmp_path: Path, options: tuple[str, ...]) -> None:
     image = qcow2(tmp_path / "a.qcow2", "48M", *options)
     blocks = image.stat().st_blocks
-    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=256 * MIB) as capture:
+    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=96 * MIB) as capture:
         assert image.stat().st_size >= 48 * MIB
         assert image.stat().st_blocks <= blocks + 8, "sparse: it costs nothing"
         fill(capture.uri(), 48 * MIB)
@@ -138,7 +138,7 @@ def test_internal_snapshots_are_allowed_for(tmp_path: Path) -> None:
     run("qemu-img", "snapshot", "-c", "before", image)
     fill(str(image), 64 * MIB, 0x22)
     run("qemu-img", "snapshot", "-c", "again", image)
-    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=512 * MIB) as capture:
+    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=128 * MIB) as capture:
         fill(capture.uri(), 64 * MIB, 0x33)
     assert "No errors were found" in run("qemu-img", "check", image)
 
@@ -146,7 +146,7 @@ def test_internal_snapshots_are_allowed_for(tmp_path: Path) -> None:
 def test_a_snapshot_made_through_the_export_leaves_its_size_as_it_is(tmp_path: Path) -> None:
     """The base and the records are of that size, so history could not go on with another one."""
     image = qcow2(tmp_path / "a.qcow2", "256M")
-    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=256 * MIB) as capture:
+    with Capture(tmp_path, [DiskOf("vda", image, "qcow2")], journal_size=96 * MIB) as capture:
         size = capture.ready["disks"]["vda"]["size"]
         run("qemu-img", "snapshot", "-c", "before", "--image-opts", f"driver=qcow2,file.driver=nbd,file.export=vda,"
             f"file.server.type=unix,file.server.path={capture.socket_path}")  # fmt: skip

@@ -238,7 +238,7 @@ def test_half_a_request_disturbs_nobody_and_leaves_nothing(two: Two) -> None:
 def test_large_requests(tmp_path: Path, mebibytes: int) -> None:
     image = raw_image(tmp_path / "a.raw", 65 * MIB)
     data = os.urandom(MIB) * mebibytes
-    with Capture(tmp_path, [DiskOf("vda", image)], journal_size=256 * MIB) as capture, Client(capture.socket_path) as client:
+    with Capture(tmp_path, [DiskOf("vda", image)], journal_size=128 * MIB) as capture, Client(capture.socket_path) as client:
         client.write(12345, data, nbd.CMD_FLAG_FUA)
         assert first_difference(client.read(12345, len(data)), data) is None
         client.write(0, b"small again")
