@@ -21,14 +21,14 @@ from typing import Any
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.policy import POLICIES, FullPolicy
-from vmrewind.capture.recovery import End, find_end, recovery_point, replay, segments_after
+from vmrewind.capture.recovery import End, find_end, recovery_point, replay, seal, segments_after
 from vmrewind.capture.server import Server, print_event
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, VmrewindError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.pool import SegmentPool
-from vmrewind.journal.runs import ImageIdentity, sync_directory
+from vmrewind.journal.runs import ImageIdentity, private_directory, sync_directory
 from vmrewind.journal.state import StatePage
 from vmrewind.journal.writer import JournalWriter
 
@@ -72,7 +72,7 @@ def lock_journal(journal: Path) -> int:
     import fcntl
 
     try:
-        journal.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(journal)
         fd = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(f"{journal}: not usable as a journal: {error.strerror}", "set journal to a directory") from error
@@ -96,15 +96,17 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
     images = open_images(assignment["disks"], resuming=state.run == run)
     if state.run == run:
         end = find_end(journal, run, point)
-        if (end.next_batch - 1 if end is not None else 0) < point:
+        readable = (end.readable or end) if end is not None else None
+        if (readable.next_batch - 1 if readable is not None else 0) < point:
             # Going on would leave a hole: the images hold writes that no reader of the journal can find.
-            where = f"{end.segment.name}, offset {end.position}" if end is not None else fmt.segment_name(run, 1)
+            where = readable or fmt.segment_name(run, 1)
             raise CorruptionError(
                 f"{journal}: the journal is damaged at {where}: batches up to {point} were written, and are not there",
                 "stop the VM and start it again: the missing history becomes a gap, and a new base is made",
             )
     policy = FullPolicy(assignment["on_journal_full"], journal, state)
     if end is not None:
+        seal(journal, run, end)
         applied = replay(journal, run, point, end, {image.index: image for image in images})
         state.set_applied(end.next_batch - 1)
         events.write("capture.recovered", pid=os.getpid(), seq=end.next_seq - 1, records_applied=applied)

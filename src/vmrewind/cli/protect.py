@@ -66,7 +66,6 @@ def protect(
                 "report this with the libvirt version (virsh version) and the domain's XML",
             )
         # from now on the name suffices for every command, also before the first start
-        paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         stored.save(paths.config)
         snapshots = found.snapshots
         # last: a reload reads every domain's XML again, and what is defined while it runs may be lost

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vmrewind.journal.runs import private_directory
+
 
 class EventLog:
     """Appends to a log file; each event is one ``write`` to a file opened for appending, so writers never mix their lines."""
@@ -28,7 +30,7 @@ class EventLog:
         stamp = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="microseconds")
         line = json.dumps({"time": stamp, "time_ns": now, "event": event, **fields}) + "\n"
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            private_directory(self.path.parent)
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 os.write(fd, line.encode())

@@ -24,7 +24,7 @@ from vmrewind.journal.reader import (
     segment_files,
     unpack_segment_header,
 )
-from vmrewind.journal.runs import sync_directory
+from vmrewind.journal.runs import private_directory, sync_directory
 
 SEGMENTS_MIN: Final = 8
 """A small journal gets smaller segments rather than fewer: one is written, the others hold history."""
@@ -74,7 +74,7 @@ class SegmentPool:
 
     def allot(self) -> None:
         """Reserve all of the space; raises SpaceError if it is not there. Call once, before the VM starts."""
-        self.journal.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_directory(self.journal)
         self._free = []
         made: list[Path] = []
         room = self.quota - self._used()

@@ -171,15 +171,31 @@ def read_head(journal: Path) -> Head | None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that after a power loss either the old or the new content is there, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace ``path`` by ``data`` so that after a power loss either the old or the new content is there, whole.
+
+    The file is its owner's alone, and so is every directory that is made for it.
+    """
+    private_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=private) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
     sync_directory(path.parent)
+
+
+def private(path: str, flags: int) -> int:
+    """An opener of files that, when they are made, are their owner's alone: they hold, or describe, what is on a VM's disks."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def private_directory(path: Path) -> None:
+    """Make a directory and its parents where they are missing, each its owner's alone; those that exist are left as they are."""
+    if path.is_dir():
+        return
+    private_directory(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -1,7 +1,8 @@
 """A directory as a store: whole, durable, write-once files.
 
 An object is written to a temporary file beside its place, synced, and linked to its name, which fails if the name exists;
-then the directory is synced. Whoever dies in between leaves a temporary file that no listing shows and that hurts nobody.
+then the directory is synced. Whoever dies in between leaves a temporary file that no listing shows and that hurts nobody. Files
+and directories that are made are their owner's alone.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class DirectoryStore:
     def _put(self, path: Path, data: bytes) -> None:
         self._ensure_directory(path.parent)
         temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(8)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             try:
                 view = memoryview(data)
@@ -99,7 +100,7 @@ class DirectoryStore:
             missing.append(directory)
             directory = directory.parent
         for made in reversed(missing):
-            made.mkdir(exist_ok=True)
+            made.mkdir(exist_ok=True, mode=0o700)
             # Even if it existed: who made it may not have come to sync it.
             sync_directory(made.parent)
             self._durable.add(made)
@@ -214,7 +215,7 @@ def _make_directories(directory: Path) -> None:
     if directory.is_dir():
         return
     _make_directories(directory.parent)
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(exist_ok=True, mode=0o700)
     sync_directory(directory.parent)
 
 

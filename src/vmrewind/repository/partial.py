@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from vmrewind.journal.runs import ImageIdentity, sync_directory
+from vmrewind.journal.runs import ImageIdentity, private, private_directory, sync_directory
 
 _SYNC_EVERY: Final = 64
 """Lines between two syncs: after a power loss at most so many chunks are read again."""
@@ -29,8 +29,8 @@ class Partial:
         header: dict[str, Any] = {
             "base": 1, "identity": asdict(identity), "ctime_ns": ctime_ns, "size": size, "repository": repository_id,
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")
+        private_directory(path.parent)
+        self._file = open(path, "a+b", opener=private)
         try:
             valid = self._read(header)
             self._file.truncate(valid)

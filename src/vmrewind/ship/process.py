@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vmrewind.errors import VmrewindError
+from vmrewind.journal.runs import private, private_directory
 from vmrewind.ship.instructions import Instructions
 from vmrewind.ship.status import Reporter, ShipStatus
 
@@ -91,8 +92,8 @@ class _Process:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
         """One ship for a VM on this host: wait for a former one to end. Gives False if told to stop meanwhile."""
-        self._state.mkdir(parents=True, exist_ok=True)
-        with open(self._state / "ship.lock", "wb") as file:
+        private_directory(self._state)
+        with open(self._state / "ship.lock", "wb", opener=private) as file:
             while not self._stopping:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -126,7 +126,7 @@ class Shipper:
             temporary.replace(path)
 
     def _reached(self) -> dict[int, int]:
-        """By run: the seq up to which everything that is to be carried is in the repository; SEQ_MAX: nothing more is to be done."""
+        """By run: the seq up to which everything that is to be carried is in the repository; SEQ_MAX for a finished run."""
         if not self._runs or not self._disks:
             return {}
         newest = max(self._runs)

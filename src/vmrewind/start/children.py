@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from vmrewind.errors import ConfigError, StartError, by_kind
 from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import private, private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.start.plan import Plan
 from vmrewind.vmconfig.model import VmConfig
@@ -217,8 +218,8 @@ def assignment(
 
 async def _spawn(paths: VmPaths, command: list[str], *, stdin: int, stdout: int, inherit: tuple[int, ...] = ()) -> Process:
     """A child in a session of its own, so that the terminal's Ctrl-C is the keeper's alone; its stderr goes to the VM's log."""
-    paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(paths.log, "ab") as log:
+    private_directory(paths.state)
+    with open(paths.log, "ab", opener=private) as log:
         return await asyncio.create_subprocess_exec(
             *command,
             stdin=stdin,

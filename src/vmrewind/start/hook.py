@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from vmrewind.errors import StartError, VmrewindError, VmStateError, by_kind
 from vmrewind.journal.events import EventLog
-from vmrewind.journal.runs import write_durably
+from vmrewind.journal.runs import private, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.control import instruct
 from vmrewind.start.processes import Process, running
@@ -58,9 +58,8 @@ def prepare(paths: VmPaths, xml: bytes) -> None:
         return
     document = paths.state / "domain.xml"
     try:
-        paths.state.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_durably(document, xml)
-        with open(paths.log, "ab") as log:
+        with open(paths.log, "ab", opener=private) as log:
             _start_keeper(paths, document, log.fileno(), log.tell())
     except OSError as error:
         raise StartError(

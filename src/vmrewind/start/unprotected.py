@@ -15,6 +15,7 @@ from asyncio.subprocess import DEVNULL, Process
 from typing import Final
 
 from vmrewind.errors import StartError
+from vmrewind.journal.runs import private
 from vmrewind.paths import VmPaths
 from vmrewind.vmconfig.model import VmConfig
 
@@ -46,7 +47,7 @@ class UnprotectedServer:
             command += ["--export", f"type=nbd,id={disk.target},node-name={disk.target},name={disk.target},writable=on"]
         mask = os.umask(0o177)
         try:
-            with open(paths.log, "ab") as log:
+            with open(paths.log, "ab", opener=private) as log:
                 process = await asyncio.create_subprocess_exec(
                     *command, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True
                 )
