@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Batch, Segment, records, segment_files
 from vmrewind.journal.state import StatePage
+from vmrewind.journal.verify import verify
 from vmrewind.nbd import protocol as nbd
 
 SIZE = 2 * MIB
@@ -58,6 +62,13 @@ class Dead:
             with open(self.journal / "capture.state", "r+b") as file:
                 file.seek(ANOTHER_BOOT)
                 file.write(os.urandom(16))
+        self.date_image(0)
+
+    def date_image(self, seconds: float) -> None:
+        """Let the image's last change be that long after capture's last sign of life."""
+        signs = [self.journal / "capture.state", *(file.path for file in segment_files(self.journal))]
+        ns = max(path.stat().st_mtime_ns for path in signs) + int(seconds * 1e9)
+        os.utime(self.image, ns=(ns, ns))
 
     @contextmanager
     def copy(self, scratch: Path) -> Iterator[Dead]:
@@ -328,8 +339,170 @@ def test_a_run_whose_records_are_all_unreadable_is_an_error(template: Callable[[
 def test_another_images_size_stops_the_replay(template: Callable[[int], Dead], tmp_path: Path) -> None:
     with template(6).copy(tmp_path / "dead") as copy:
         os.truncate(copy.image, SIZE + 512)
+        copy.date_image(0)
         with pytest.raises(ImageError, match=f"{SIZE + 512} bytes"):
             recover(copy.journal)
+
+
+@pytest.mark.parametrize(("other_boot", "later"), [(True, 5), (False, 5), (True, 3600)])
+def test_an_image_that_was_used_since_is_left_as_it_is(
+    template: Callable[[int], Dead], tmp_path: Path, other_boot: bool, later: float
+) -> None:
+    """The VM ran without protection after the crash: what it wrote is newer than what the journal holds."""
+    with template(6).copy(tmp_path / "dead") as copy:
+        number = len(copy.batches)
+        copy.image.write_bytes(b"newer" + copy.disk_after(2)[5:])
+        copy.set_state(applied=2, checkpoint=2, other_boot=other_boot)
+        copy.date_image(later)
+        before = copy.image.read_bytes()
+        dated = copy.image.stat().st_mtime_ns
+        recovered = recover(copy.journal)
+        assert recovered is not None
+        assert recovered.changed == {"vda"}
+        assert recovered.records_applied == 0
+        assert recovered.position.seq == copy.batches[number - 1][1].last_seq
+        copy.image.touch()
+        assert recover(copy.journal) is not None
+        assert copy.image.read_bytes() == before
+        assert dated != copy.image.stat().st_mtime_ns, "or the second use was none"
+
+
+def test_an_image_is_not_replayed_onto_twice(template: Callable[[int], Dead], tmp_path: Path) -> None:
+    """Recovered, then used without protection: whatever boots and times say, the second recovery has nothing to do."""
+    with template(6).copy(tmp_path / "dead") as copy:
+        number = len(copy.batches)
+        copy.image.write_bytes(copy.disk_after(2))
+        copy.set_state(applied=number, checkpoint=2, other_boot=True)
+        copy.check_recovered(number, host_died=True)
+        copy.image.write_bytes(b"newer" * 1000)
+        os.truncate(copy.image, SIZE)
+        before = copy.image.read_bytes()
+        again = recover(copy.journal)
+        assert again is not None
+        assert again.records_applied == 0
+        assert copy.image.read_bytes() == before
+
+
+def test_only_the_image_that_was_used_is_left_out(tmp_path: Path) -> None:
+    images = [raw_image(tmp_path / name, SIZE) for name in ("a.raw", "b.raw")]
+    with Capture(tmp_path, [DiskOf("vda", images[0]), DiskOf("vdb", images[1])]) as capture:
+        capture.describe_run()
+        for target in ("vda", "vdb"):
+            with Client(capture.socket_path, target) as client:
+                client.write(4096, b"old" * 1000)
+                client.flush()
+        capture.kill()
+    state = StatePage(capture.journal)
+    state.set_applied(0)
+    state.close()
+    for image in images:
+        image.write_bytes(bytes(SIZE))
+    died = (capture.journal / "capture.state").stat().st_mtime
+    os.utime(images[0], (died, died))
+    os.utime(images[1], (died + 60, died + 60))
+    recover_until_killed(capture.journal)
+    recovered = recover(capture.journal)
+    assert recovered is not None
+    assert recovered.changed == {"vdb"}
+    assert images[0].read_bytes()[4096:7096] == b"old" * 1000
+    assert images[1].read_bytes() == bytes(SIZE)
+    assert not (capture.journal / "recovering.json").exists()
+
+
+def recover_until_killed(journal: Path) -> None:
+    """A recovery that is killed when it has replayed all, and not said so yet."""
+    code = (
+        "import os, sys, pathlib; from vmrewind.capture import recovery\n"
+        "recovery.Image.sync = lambda self: os.kill(os.getpid(), 9)\n"
+        "recovery.recover(pathlib.Path(sys.argv[1]))"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(journal)], check=False, timeout=30)
+    assert child.returncode == -signal.SIGKILL
+
+
+def test_a_recovery_that_was_interrupted_is_done_again(template: Callable[[int], Dead], tmp_path: Path) -> None:
+    """Its own writes are not taken for somebody else's."""
+    with template(6).copy(tmp_path / "dead") as copy:
+        number = len(copy.batches)
+        copy.image.write_bytes(copy.disk_after(2))
+        copy.set_state(applied=2)
+        recover_until_killed(copy.journal)
+        for path in (copy.image, copy.journal / "capture.state"):
+            later = path.stat().st_mtime_ns + 3600 * 10**9
+            os.utime(path, ns=(later, later))
+        recovered = copy.check_recovered(number)
+        assert (recovered.changed, recovered.records_applied > 0) == (frozenset(), True)
+
+
+@pytest.mark.parametrize("where", ["header", "table"])
+@pytest.mark.parametrize("victim", [1, 3, 18, 20])
+def test_damage_before_the_checkpoint_does_not_stop_the_replay(
+    template: Callable[[int], Dead], tmp_path: Path, where: str, victim: int
+) -> None:
+    """The images have what is damaged; what was flushed behind it they may lack."""
+    with template(40).copy(tmp_path / "dead") as copy:
+        number, checkpoint = len(copy.batches), 20
+        path, batch = copy.batches[victim - 1]
+        damage(path, batch.position + (2 if where == "header" else fmt.BATCH.size + 3), b"\xee")
+        copy.image.write_bytes(copy.disk_after(checkpoint))
+        copy.set_state(applied=number, checkpoint=checkpoint, other_boot=True)
+        said: list[str] = []
+        recovered = recover(copy.journal, said.append)
+        assert recovered is not None
+        assert first_difference(copy.image.read_bytes(), copy.disk_after(number)) is None
+        first = segment_of(copy, checkpoint)
+        if path == first:
+            assert recovered.position.seq == batch.first_seq - 1, "history is readable to there"
+            assert f"to record {copy.batches[-1][1].last_seq}; the journal is damaged before, at {path.name}" in said[0]
+        again = recover(copy.journal)
+        assert again is not None
+        assert again.records_applied == 0
+
+
+def segment_of(copy: Dead, number: int) -> Path:
+    """The segment from which batch ``number``, and what comes after it, is read."""
+    starts = {path: batch.number for path, batch in reversed(copy.batches)}
+    return max((start, path) for path, start in starts.items() if start <= number)[1]
+
+
+def test_damage_that_hides_where_the_replay_begins_is_told(template: Callable[[int], Dead], tmp_path: Path) -> None:
+    with template(40).copy(tmp_path / "dead") as copy:
+        first = segment_of(copy, 20)
+        inside = [batch for path, batch in copy.batches if path == first]
+        victim, checkpoint = inside[1], inside[2].number
+        for batch in inside[1:4]:
+            damage(first, batch.position, b"\xee" * 8)
+        copy.image.write_bytes(copy.disk_after(checkpoint))
+        copy.set_state(applied=len(copy.batches), checkpoint=checkpoint, other_boot=True)
+        before = copy.image.read_bytes()
+        with pytest.raises(CorruptionError, match=f"damaged at {first.name}, offset {victim.position}"):
+            recover(copy.journal)
+        assert copy.image.read_bytes() == before
+
+
+def test_a_capture_does_not_go_on_behind_damage_to_what_was_applied(template: Callable[[int], Dead], tmp_path: Path) -> None:
+    with template(6).copy(tmp_path / "dead") as copy:
+        path, batch = copy.batches[2]
+        damage(path, batch.position + 20, b"\xff")
+        copy.image.write_bytes(copy.disk_after(5))
+        copy.set_state(applied=5)
+        with pytest.raises(CorruptionError, match=f"damaged at {path.name}, offset {batch.position}"):
+            Capture(copy.directory, [DiskOf("vda", copy.image)], journal_size=8 * MIB).start()
+
+
+def test_what_lies_behind_a_lost_batch_is_gone_for_every_reader(template: Callable[[int], Dead], tmp_path: Path) -> None:
+    dead = template(40)
+    with dead.copy(tmp_path / "dead") as copy:
+        victim = next(batch.number for path, batch in copy.batches if path == segment_files(copy.journal)[1].path) + 2
+        path, batch = copy.batches[victim - 1]
+        damage(path, batch.position, bytes(min(512, batch.end - batch.position)))
+        copy.image.write_bytes(copy.disk_after(10))
+        copy.set_state(applied=len(copy.batches), checkpoint=10, other_boot=True)
+        assert any(report.problems for report in verify([copy.journal])), "or there is nothing to mend"
+        copy.check_recovered(victim - 1, host_died=True)
+        for report in verify([copy.journal]):
+            assert report.problems == []
+        assert {report.path for report in verify([copy.journal])} == {file.path for file in segment_files(copy.journal)[:2]}
 
 
 def test_after_a_clean_end_there_is_nothing_to_recover(tmp_path: Path) -> None:

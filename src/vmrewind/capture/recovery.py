@@ -1,27 +1,47 @@
 """After a death: find where the journal ends, and bring the images to just that state.
 
 The same for capture's own death (the keeper starts another one, which goes on with the run) and for the host's (the next start
-finds a run that never ended). The journal is the write-ahead log: its valid prefix counts, the images follow it.
+finds a run that never ended). The journal is the write-ahead log: its valid prefix counts, the images follow it. Damage before the
+point that the images are known to have reached costs history, but nothing that has to be replayed.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from vmrewind.capture.image import Image
+from vmrewind.capture.since import forget, last_activity_ns, leave_mark, remember, remembered, was_used
 from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Batch, Segment, SegmentHeader, records, segment_files
-from vmrewind.journal.runs import Position, RunInfo, local_runs, read_head, run_path
+from vmrewind.journal.runs import (
+    RESTORE_PENDING,
+    DiskInfo,
+    Position,
+    RunInfo,
+    local_runs,
+    read_head,
+    run_path,
+    sync_directory,
+)
 from vmrewind.journal.state import StatePage, boot_id
+from vmrewind.journal.verify import later_batch
+
+_MARK_SECONDS: Final = 1
+"""How often a replay leaves its mark."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Where a run's journal ends: the last valid batch's segment, the byte behind it, and what comes next."""
+    """Where a run's journal ends: the last valid batch's segment, the byte behind it, and what comes next.
+
+    ``readable``: where the chain of batches breaks before, by damage to what the images already have; history is readable to there.
+    """
 
     segment: Path
     number: int
@@ -29,15 +49,24 @@ class End:
     next_batch: int
     next_seq: int
     last_time_ns: int
+    readable: End | None = None
+
+    @property
+    def last_seq(self) -> int:
+        """Seq of the last record."""
+        return self.next_seq - 1
+
+    def __str__(self) -> str:
+        return f"{self.segment.name}, offset {self.position}"
 
 
 def find_end(journal: Path, run: int, verify_after: int) -> End | None:
-    """The end of a run's valid prefix, None if the run has no valid batch.
+    """The end of a run's valid batches, None if the run has none. Changes nothing; see ``seal``.
 
     Headers and tables are checked from the last segment that begins at or before batch ``verify_after``, payloads of every batch
-    after ``verify_after``: earlier ones are known to be whole. A batch whose table is valid and whose payload is torn ends
-    the prefix; its header is destroyed, so that every later reader finds the same end. A segment whose header did not
-    reach the disk ends it as well: nothing in it was ever promised.
+    after ``verify_after``: earlier ones are known to be whole. A batch whose table is valid and whose payload is torn is the
+    end. A segment whose header did not reach the disk is the end as well: nothing in it was ever promised. Damage up to
+    batch ``verify_after`` is passed over if the batch behind that is there; otherwise the end is before ``verify_after``.
     """
     files = segment_files(journal, run)
     first = 0
@@ -45,7 +74,8 @@ def find_end(journal: Path, run: int, verify_after: int) -> End | None:
         header = _header(file.path)
         if header is not None and header.first_batch <= verify_after:
             first = i
-    end: End | None = None
+    at: End | None = None
+    readable: End | None = None
     for file in files[first:]:
         try:
             segment = Segment(file.path)
@@ -53,19 +83,43 @@ def find_end(journal: Path, run: int, verify_after: int) -> End | None:
             break
         with segment:
             header = segment.header
-            if end is not None and (header.first_batch, header.first_seq) != (end.next_batch, end.next_seq):
+            # The header itself tells what came before it, should nothing have been written behind it yet.
+            begun = End(file.path, file.number, fmt.SEGMENT_HEADER_SIZE, header.first_batch, header.first_seq, header.created_ns)
+            if at is None:
+                at = begun
+            elif (begun.next_batch, begun.next_seq) == (at.next_batch, at.next_seq):
+                at = replace(begun, last_time_ns=at.last_time_ns)
+            elif at.next_batch <= verify_after and begun.next_batch == verify_after + 1:
+                readable, at = readable or at, begun
+            else:
                 break
-            if header.first_batch > 1:
-                # The header itself tells what came before it, should nothing have been written behind it yet.
-                last_time_ns = end.last_time_ns if end is not None else header.created_ns
-                end = End(file.path, file.number, fmt.SEGMENT_HEADER_SIZE, header.first_batch, header.first_seq, last_time_ns)
-            for batch in segment.batches():
+            for batch in _valid_batches(segment, verify_after):
+                if batch.number != at.next_batch:
+                    readable = readable or at
                 if batch.number > verify_after and not segment.intact(batch):
-                    _destroy(file.path, batch)
-                    return end
+                    return _ending(at, readable)
                 last_time_ns = batch.time_ns + batch.count - 1
-                end = End(file.path, file.number, batch.end, batch.number + 1, batch.last_seq + 1, last_time_ns)
-    return end
+                at = End(file.path, file.number, batch.end, batch.number + 1, batch.last_seq + 1, last_time_ns)
+    return _ending(at, readable)
+
+
+def _ending(at: End | None, readable: End | None) -> End | None:
+    return replace(at, readable=readable) if at is not None and at.next_batch > 1 else None
+
+
+def _valid_batches(segment: Segment, point: int) -> Iterator[Batch]:
+    """A segment's valid batches; damage before the end of batch ``point`` is passed over to the next one, if that is there."""
+    position, number = fmt.SEGMENT_HEADER_SIZE, segment.header.first_batch
+    while True:
+        for batch in segment.batches(position, number):
+            yield batch
+            position, number = batch.end, batch.number + 1
+        if number > point:
+            return
+        later = later_batch(segment, position, point)
+        if later is None or later.number != point + 1:
+            return
+        position, number = later.position, later.number
 
 
 def _header(path: Path) -> SegmentHeader | None:
@@ -76,13 +130,27 @@ def _header(path: Path) -> SegmentHeader | None:
         return None
 
 
-def _destroy(path: Path, batch: Batch) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+def seal(journal: Path, run: int, end: End) -> None:
+    """Destroy what a crash left of a run behind its end, so that every later reader finds the same end.
+
+    That is, in the end's segment, the headers of batches whose payload is torn or that come behind a lost one, and all
+    segments behind. None of it was ever promised to anybody, nor replayed.
+    """
+    fd = os.open(end.segment, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.pwrite(fd, bytes(fmt.BATCH.size), batch.position)
+        with Segment(end.segment) as segment:
+            position, number = end.position, end.next_batch - 1
+            while (later := later_batch(segment, position, number)) is not None:
+                for batch in segment.batches(later.position, later.number):
+                    os.pwrite(fd, bytes(fmt.BATCH.size), batch.position)
+                    position, number = batch.end, batch.number
         os.fdatasync(fd)
     finally:
         os.close(fd)
+    for file in segment_files(journal, run):
+        if file.number > end.number:
+            file.path.unlink(missing_ok=True)
+    sync_directory(journal)
 
 
 def segments_after(journal: Path, run: int, batch: int) -> list[Path]:
@@ -100,7 +168,7 @@ def _batches(journal: Path, run: int, after: int, end: End) -> Iterator[tuple[Se
     """A run's batches after batch ``after`` up to its end, each with its open segment."""
     for path in segments_after(journal, run, after):
         with Segment(path) as segment:
-            for batch in segment.batches():
+            for batch in _valid_batches(segment, after):
                 if batch.number > after:
                     yield segment, batch
         if path == end.segment:
@@ -110,11 +178,16 @@ def _batches(journal: Path, run: int, after: int, end: End) -> Iterator[tuple[Se
 def replay(journal: Path, run: int, after: int, end: End, images: Mapping[int, Image]) -> int:
     """Apply a run's batches after batch ``after`` up to its end to the images; returns how many records were applied.
 
-    Raises ImageError if an image refuses.
+    Records of a disk that has no image here are left out. Raises ImageError if an image refuses.
     """
+    leave_mark(journal)
+    mark_due = time.monotonic() + _MARK_SECONDS
     voided = {r.offset for _, batch in _batches(journal, run, after, end) for r in records(batch) if r.op == fmt.Op.VOID}
     applied = 0
     for segment, batch in _batches(journal, run, after, end):
+        if time.monotonic() > mark_due:
+            leave_mark(journal)
+            mark_due = time.monotonic() + _MARK_SECONDS
         for record in records(batch):
             image = images.get(record.disk)
             if image is None or record.seq in voided:
@@ -128,10 +201,11 @@ def replay(journal: Path, run: int, after: int, end: End, images: Mapping[int, I
                     continue
             except OSError as error:
                 raise ImageError(
-                    f"{image.path}: cannot be brought to record {end.next_seq - 1}, which the journal holds: {error.strerror}",
+                    f"{image.path}: cannot be brought to record {end.last_seq}, which the journal holds: {error.strerror}",
                     "free space where the image is, or repair what it lies on; the journal keeps the record until then",
                 ) from error
             applied += 1
+    leave_mark(journal)
     return applied
 
 
@@ -142,19 +216,25 @@ def recovery_point(state: StatePage) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What was found of an earlier run that did not end cleanly, and how many records its images lacked."""
+    """What was found of an earlier run that did not end cleanly, and how many records its images lacked.
+
+    ``position``: where its readable history ends. ``changed``: disks that somebody used since; nothing was replayed onto them.
+    """
 
     position: Position
     records_applied: int
     host_died: bool
+    changed: frozenset[str] = frozenset()
 
 
 def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Recovered | None:
     """Finish the last run of a journal directory if it did not end cleanly; None if there is nothing to finish.
 
-    Opens and locks its images, so it raises ImageError while anybody, a living capture above all, still has them.
+    To be called before anybody uses the images again, protected or not; it may be called at any time and any number of times.
+    Opens and locks the images, so it raises ImageError while anybody, a living capture above all, still has them;
+    CorruptionError if damage hides what must be replayed.
     """
-    if not (journal / "capture.state").exists():
+    if not (journal / "capture.state").exists() or (journal / RESTORE_PENDING).exists():
         return None
     state = StatePage(journal)
     try:
@@ -177,31 +257,78 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
                     f"{journal}: run {fmt.run_name(run)} did not end cleanly and none of its records is readable",
                     "move the journal directory away and start again: a new base will be made",
                 )
-            report(f"run {fmt.run_name(run)} did not end cleanly: bringing its images to record {end.next_seq - 1}")
-            count = replay(journal, run, point, end, images)
+            changed = _changed(journal, run, end, images, host_died=host_died)
+            for disk in info.disks:
+                if disk.target in changed:
+                    report(f"{disk.target}: the image was used since run {fmt.run_name(run)} died: it is left as it is")
+                    images.pop(disk.index).close()
+                else:
+                    _make_ready(images[disk.index], disk)
+            count = _bring_up(journal, run, point, end, images, report)
             for image in images.values():
                 image.sync()
         finally:
             for image in images.values():
                 image.close()
-        state.set_applied(end.next_batch - 1)
-        state.set_checkpoint(end.next_batch - 1)
-        return Recovered(Position(run, end.next_seq - 1, end.last_time_ns), count, host_died)
+        reached = max(end.next_batch - 1, point)
+        state.set_applied(reached)
+        state.set_checkpoint(reached)
+        leave_mark(journal)
+        if changed:
+            forget(journal)
+        known = end.readable or end
+        return Recovered(Position(run, known.last_seq, known.last_time_ns), count, host_died, changed)
     finally:
         state.close()
+
+
+def _changed(journal: Path, run: int, end: End, images: Mapping[int, Image], *, host_died: bool) -> frozenset[str]:
+    """The disks that must not be replayed onto. Noted durably first, as all that follows changes what tells them."""
+    active_ns = last_activity_ns(journal, end.segment, end.last_time_ns)
+    found = {image.target for image in images.values() if was_used(image, active_ns, host_died=host_died)}
+    changed = remembered(journal, run) | found
+    if changed:
+        remember(journal, run, changed)
+    return changed
+
+
+def _bring_up(journal: Path, run: int, point: int, end: End, images: Mapping[int, Image], report: Callable[[str], None]) -> int:
+    if end.next_batch <= point:
+        # The images have more than can be read. Only if nothing lies behind that may have been promised too, all is well.
+        if _hides_more(journal, run, point, end):
+            raise CorruptionError(
+                f"{journal}: the journal is damaged at {end}, which hides where what must be replayed onto the images begins",
+                "move the journal directory away and start again: what was not shipped is lost, and a new base will be made",
+            )
+        report(f"run {fmt.run_name(run)} did not end cleanly, and its journal is damaged at {end}; its images have all of it")
+        return 0
+    damage = f"; the journal is damaged before, at {end.readable}" if end.readable is not None else ""
+    report(f"run {fmt.run_name(run)} did not end cleanly: bringing its images to record {end.last_seq}{damage}")
+    seal(journal, run, end)
+    return replay(journal, run, point, end, images)
+
+
+def _hides_more(journal: Path, run: int, point: int, end: End) -> bool:
+    if any(file.number > end.number for file in segment_files(journal, run)):
+        return True
+    with Segment(end.segment) as segment:
+        return later_batch(segment, end.position, point) is not None
+
+
+def _make_ready(image: Image, disk: DiskInfo) -> None:
+    if image.size != disk.size:
+        raise ImageError(
+            f"{disk.image}: {image.size} bytes, but the journal that must be replayed was written for {disk.size}",
+            "put the image back that the VM last ran with, or move the journal directory away",
+        )
+    image.extend()
 
 
 def _open_images(info: RunInfo) -> dict[int, Image]:
     images: dict[int, Image] = {}
     try:
         for disk in info.disks:
-            image = Image(disk.index, disk.target, disk.image, disk.format)
-            images[disk.index] = image
-            if image.size != disk.size:
-                raise ImageError(
-                    f"{disk.image}: {image.size} bytes, but the journal that must be replayed was written for {disk.size}",
-                    "put the image back that the VM last ran with, or move the journal directory away",
-                )
+            images[disk.index] = Image(disk.index, disk.target, disk.image, disk.format, disk.size)
     except BaseException:
         for image in images.values():
             image.close()
