@@ -37,7 +37,7 @@ def svg(result: Result) -> str:
     y = 28
     parts.append(_text(16, y, "Rates by load, each relative to its fastest peer", "title"))
     y += 18
-    parts.append(_text(16, y, "vmrewind journals every write; the others protect nothing. " + _when(result), "small"))
+    parts.append(_text(16, y, "vmrewind journals every write; no other server protects anything. " + _when(result), "small"))
     y += 22
     y = _legend(result, parts, y)
     for group, title in GROUPS.items():
@@ -69,7 +69,7 @@ def _legend(result: Result, parts: list[str], y: int) -> int:
         title = PEERS[peer].title
         parts.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{_COLOURS[peer]}"/>')
         parts.append(_text(x + 17, y, title))
-        x += 38 + 7 * len(title)
+        x += 40 + 6 * len(title)
     return y
 
 

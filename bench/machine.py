@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import subprocess
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -56,6 +57,20 @@ def cpu_seconds(pids: Iterable[int]) -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[_UTIME]) + int(fields[_UTIME + 1])
     return ticks / _TICKS_PER_SECOND
+
+
+def busy_seconds() -> float:
+    """Time for which the machine's processors have not been idle so far, all together; time that a hypervisor took is in it."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / _TICKS_PER_SECOND
+
+
+def children_seconds() -> float:
+    """User and system time of this process's children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def memory_peak_bytes(pid: int) -> int:

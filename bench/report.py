@@ -38,6 +38,7 @@ def to_json(result: Result) -> dict[str, Any]:
             peer: {"first": first, "later": later, "later_median": median(later)}
             for peer, (first, *later) in result.start_seconds.items()
         },
+        "others_cores": result.others_cores,
         "capture_assign_seconds": result.assign_seconds,
         "memory_peak_bytes": result.memory_peak_bytes,
         "capture_holds_seconds": result.holds,
@@ -54,7 +55,10 @@ def _cell(result: Result, cell: Cell) -> dict[str, Any]:
         "vmrewind_ratio": result.ratio(cell.workload, cell.peer),
         "cpu_seconds_per_100k_operations": cell.cpu_per(lambda m: m.operations / 1e5),
         "cpu_seconds_per_gib": cell.cpu_per(lambda m: m.bytes / (1 << 30)),
-        "rounds": [{**asdict(sample.measure), "cpu_seconds": sample.cpu_seconds} for sample in cell.samples],
+        "rounds": [
+            {**asdict(sample.measure), "cpu_seconds": sample.cpu_seconds, "others_cores": sample.others_cores}
+            for sample in cell.samples
+        ],
     }
 
 
@@ -64,7 +68,8 @@ def show(result: Result, console: Console) -> None:
     console.print(f"{result.started:%Y-%m-%d %H:%M} UTC. {one_line(result.machine)}.")
     console.print(
         f"Medians of {settings.rounds} rounds of {settings.seconds:g} s; image {place.image_size >> 20} MiB, "
-        f"journal {place.journal_size >> 20} MiB."
+        f"journal {place.journal_size >> 20} MiB. Meanwhile {result.others_cores:.1f} cores (median) were busy with neither "
+        "servers nor loads."
     )
     for group, title in GROUPS.items():
         workloads = [w for w in settings.workloads if w.group == group]

@@ -7,6 +7,7 @@ peers alike, and a ratio is taken between neighbours in time. Dirty pages of one
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
-from bench.machine import cpu_seconds, describe, memory_peak_bytes
+from bench.machine import busy_seconds, children_seconds, cpu_seconds, describe, memory_peak_bytes
 from bench.peers import PEERS, SUBJECT, BenchError, Peer, Place, Server, Vmrewind
 from bench.workloads import Measure, Workload, write_through
 
@@ -33,10 +34,13 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One round of one load on one peer; ``cpu_seconds`` is the server's, None where there is no server."""
+    """One round of one load on one peer."""
 
     measure: Measure
     cpu_seconds: float | None
+    """The server's, None where there is no server."""
+    others_cores: float
+    """Cores that were busy meanwhile with neither server nor load: other programs, and the kernel's own threads."""
 
 
 @dataclass(slots=True)
@@ -90,6 +94,11 @@ class Result:
     """By peer and role."""
     holds: list[float] = field(default_factory=list)
     """Seconds for which capture held writes because the journal could take no more, one each time."""
+
+    @property
+    def others_cores(self) -> float:
+        """``Sample.others_cores``, median of all: how far the machine was the benchmark's."""
+        return median(sample.others_cores for cell in self.cells.values() for sample in cell.samples)
 
     def ratio(self, workload: Workload, peer: str) -> float | None:
         """vmrewind's rate to the peer's, the median over rounds; None where one of the two is missing."""
@@ -160,14 +169,16 @@ def _settle(peers: Iterable[Peer]) -> None:
 
 def _sample(workload: Workload, peer: Peer, seconds: float, seed: int, scratch: Path) -> Sample:
     pids = list(peer.processes.values())
-    before = cpu_seconds(pids)
+    began, busy, load, server = time.monotonic(), busy_seconds(), children_seconds(), cpu_seconds(pids)
     try:
         measure = workload.run(peer, seconds, seed, scratch)
-        after = cpu_seconds(pids)
+        server = cpu_seconds(pids) - server
     except FileNotFoundError as error:
         assert isinstance(peer, Server), "only a server has processes that can be gone"
         raise peer.failure(f"died under {workload.title}") from error
-    return Sample(measure, after - before if pids else None)
+    load = children_seconds() - load
+    others = (busy_seconds() - busy - load - server) / (time.monotonic() - began)
+    return Sample(measure, server if pids else None, max(0.0, others))
 
 
 def _look_at(peer: Server, result: Result, step: Callable[[str], None]) -> None:
