@@ -24,8 +24,8 @@ from vmrewind.journal.runs import (
     DiskInfo,
     Position,
     RunInfo,
-    local_runs,
     read_head,
+    read_run,
     run_path,
     sync_directory,
 )
@@ -239,10 +239,10 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
     state = StatePage(journal)
     try:
         run = state.run
-        head = read_head(journal)
+        head = read_head(journal, lambda _: None)  # A damaged one is none; planning tells of it.
         if run == 0 or head is not None or not run_path(journal, run).exists():
             return None
-        info = next(r for r in local_runs(journal) if r.run == run)
+        info = read_run(journal, run)
         point = recovery_point(state)
         host_died = state.boot != boot_id()
         images = _open_images(info)

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vmrewind.errors import MomentError, RepositoryError, VmrewindError
+from vmrewind.errors import CorruptionError, MomentError, RepositoryError, VmrewindError
 from vmrewind.history.branch import Branch, branch_of, choose_run, merge_runs
 from vmrewind.history.coverage import Coverage, cover
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, object_cache, open_journal
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
-from vmrewind.journal.runs import Head, RunInfo, local_runs, read_head
+from vmrewind.journal.runs import Head, RunInfo, described_runs, local_runs, read_head
 from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.repository import VmRepository
 
@@ -52,6 +52,10 @@ class History:
         self.repository = repository
         self.problem = problem
         self.opened_ns = opened_ns
+        self.damaged: Sequence[CorruptionError] = ()
+        """Small files of the journal that cannot be read, and are done without or had from the repository."""
+        self.lost: Sequence[int] = ()
+        """Runs that began here and whose description is nowhere to be had."""
         self._bases = bases
         self._described_here = described_here
         self._local = local
@@ -85,8 +89,10 @@ class History:
         # The journal first: whatever is recycled before it is locked has been shipped before the repository is listed.
         local, broken = open_journal(journal) if journal is not None else ([], [])
         try:
-            head = read_head(journal) if journal is not None else None
-            here = local_runs(journal) if journal is not None else []
+            damaged: list[CorruptionError] = []
+            head = read_head(journal, damaged.append) if journal is not None else None
+            described = described_runs(journal) if journal is not None else []
+            here = local_runs(journal, damaged.append) if journal is not None else []
             there: list[RunInfo] = []
             shipped: list[ShippedSource] = []
             if repository is not None:
@@ -96,8 +102,12 @@ class History:
                     shipped = [ShippedSource(repository, key, cache) for key in repository.segments()]
                 except RepositoryError as error:
                     repository, problem, there, shipped = None, error, [], []
-            runs, described_here = merge_runs(here, there), {info.run for info in here}
-            return cls(name, runs, local, broken, shipped, head, repository, bases, problem, opened_ns, described_here)
+            runs = merge_runs(here, there)
+            here_runs = {info.run for info in here}
+            made = cls(name, runs, local, broken, shipped, head, repository, bases, problem, opened_ns, here_runs)
+            made.damaged = damaged
+            made.lost = sorted(set(described) - runs.keys())
+            return made
         except BaseException:
             for source in local:
                 source.close()
@@ -117,11 +127,19 @@ class History:
     # -- runs and branches
 
     def branch(self, wanted: str | None = None) -> Branch:
-        """The branch that the VM is on, or that of the run whose id begins with ``wanted``. Raises VmStateError, MomentError.
+        """The branch that the VM is on, or that of the run whose id begins with ``wanted``.
+
+        Raises VmStateError, MomentError, and CorruptionError if that of the newest run cannot be used.
 
         The VM is on the newest run's branch, unless its images were taken back since: then on what they hold now.
         """
         head = self.head
+        if wanted is None and self.lost and self.lost[-1] > max(self.runs, default=0):
+            # To take an older run for the newest would give a state that nobody asked for.
+            raise CorruptionError(
+                f"the newest run, {run_name(self.lost[-1])}, cannot be used: {self.damaged[-1]}",
+                "put the file back; or choose another branch with --branch: " + ", ".join(map(run_name, self.runs)),
+            )
         if wanted is None and head is not None and head.position.run in self.runs:
             last = self.records(head.position.run).last_known
             if head.position.run != max(self.runs) or (last is not None and head.position.seq < last):
@@ -209,8 +227,8 @@ class History:
     def manifest(self, info: RunInfo, target: str) -> Manifest:
         """The manifest of the base that a run names for a disk. Raises RepositoryError, CorruptionError."""
         base_id = info.bases[target]
-        if (path := self._local_manifest(target, base_id)) is not None:
-            return Manifest.from_json(path.read_bytes(), str(path))
+        if (manifest := self._local_manifest(target, base_id)) is not None:
+            return manifest
         return self.reachable_repository(f"base {base_id} of disk {target}").base(target, base_id)
 
     def reachable_repository(self, wanted: str) -> VmRepository:
@@ -221,11 +239,16 @@ class History:
             raise RepositoryError(f"{wanted} is in the repository: {self.problem}", self.problem.hint)
         raise RepositoryError(f"{wanted} is in the repository, and none is configured", "name it in the VM's configuration")
 
-    def _local_manifest(self, target: str, base_id: str) -> Path | None:
+    def _local_manifest(self, target: str, base_id: str) -> Manifest | None:
+        """The copy that was kept here; a damaged one, or another's, is none, as the repository has the original."""
         if self._bases is None:
             return None
         path = self._bases / target / f"{base_id}.json"
-        return path if path.exists() else None
+        try:
+            manifest = Manifest.from_json(path.read_bytes(), str(path))
+        except (FileNotFoundError, CorruptionError):
+            return None
+        return manifest if (manifest.disk, manifest.id) == (target, base_id) else None
 
     def _known_bases(self, target: str) -> frozenset[str]:
         if target not in self._repository_bases:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import run_name
+
+Report = Callable[[CorruptionError], None]
+"""Told of a file that cannot be read, which is done without then; it may raise the error instead."""
 
 RESTORE_PENDING = "restore-pending.json"
 """In a journal directory: a restore in place has begun and not ended, so the images hold no moment."""
@@ -105,14 +109,16 @@ class RunInfo:
                 vm=plain["vm"],
                 uuid=plain["uuid"],
                 host=plain["host"],
-                start_time_ns=plain["start_time_ns"],
-                first_seq=plain["first_seq"],
+                start_time_ns=int(plain["start_time_ns"]),
+                first_seq=int(plain["first_seq"]),
                 disks=tuple(DiskInfo(**disk) for disk in plain["disks"]),
                 bases=plain["bases"],
                 gaps={target: Discontinuity(**gap) for target, gap in plain["gaps"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptionError(f"{origin}: not a run's description: {error!r}") from error
+            raise CorruptionError(
+                f"{origin}: not a run's description: {error!r}", "put it back from the repository (vms/<vm>/runs) or from a backup"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +146,14 @@ class Head:
             images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
             return cls(_position(plain), images)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptionError(f"{origin}: not a head description: {error!r}") from error
+            raise CorruptionError(
+                f"{origin}: not a head description: {error!r}",
+                "the next start takes the images for changed; or remove it",
+            ) from error
 
 
 def _position(plain: Mapping[str, Any]) -> Position:
-    return Position(int(plain["run"], 16), plain["seq"], plain["time_ns"])
+    return Position(int(plain["run"], 16), int(plain["seq"]), int(plain["time_ns"]))
 
 
 def run_path(journal: Path, run: int) -> Path:
@@ -152,21 +161,54 @@ def run_path(journal: Path, run: int) -> Path:
     return journal / "runs" / f"{run_name(run)}.json"
 
 
-def local_runs(journal: Path) -> list[RunInfo]:
-    """Every run that a journal directory describes, oldest first; empty if the directory does not exist."""
+def _refuse(error: CorruptionError) -> None:
+    raise error
+
+
+def described_runs(journal: Path) -> list[int]:
+    """Every run that a journal directory has a description of, readable or not, oldest first."""
     try:
-        names = sorted(name for name in os.listdir(journal / "runs") if name.endswith(".json"))
+        stems = [name.removesuffix(".json") for name in os.listdir(journal / "runs") if name.endswith(".json")]
     except FileNotFoundError:
         return []
-    return [RunInfo.from_json((journal / "runs" / name).read_bytes(), str(journal / "runs" / name)) for name in names]
+    return sorted(int(stem, 16) for stem in stems if re.fullmatch("[0-9a-f]{16}", stem))
 
 
-def read_head(journal: Path) -> Head | None:
-    """The journal's head, None while a capture is alive, after it died, or before the first run."""
+def read_run(journal: Path, run: int) -> RunInfo:
+    """A run's description; raises CorruptionError if it makes no sense."""
+    path = run_path(journal, run)
+    info = RunInfo.from_json(path.read_bytes(), str(path))
+    if info.run != run:
+        raise CorruptionError(f"{path}: describes run {run_name(info.run)}", "put the right file back, from the repository say")
+    return info
+
+
+def local_runs(journal: Path, report: Report = _refuse) -> list[RunInfo]:
+    """Every run that a journal directory describes, oldest first; empty if the directory does not exist.
+
+    Raises CorruptionError for a damaged description, or hands it to ``report`` and leaves the run out.
+    """
+    found = []
+    for run in described_runs(journal):
+        try:
+            found.append(read_run(journal, run))
+        except CorruptionError as error:
+            report(error)
+    return found
+
+
+def read_head(journal: Path, report: Report = _refuse) -> Head | None:
+    """The journal's head, None while a capture is alive, after it died, or before the first run.
+
+    Raises CorruptionError for a damaged one, or hands it to ``report``: then there is none.
+    """
     path = journal / "head.json"
     try:
         return Head.from_json(path.read_bytes(), str(path))
     except FileNotFoundError:
+        return None
+    except CorruptionError as error:
+        report(error)
         return None
 
 

@@ -206,8 +206,11 @@ def _check_successors(reports: Sequence[SegmentReport]) -> None:
 
 def _check_known_ends(journal: Path, reports: Sequence[SegmentReport]) -> None:
     ends = {report.run: report for report in reports if report.path.parent == journal}
-    known = [(run.parent, f"run {fmt.run_name(run.run)} continues") for run in local_runs(journal) if run.parent]
-    if (head := read_head(journal)) is not None:
+    # They are witnesses only: what a damaged one would have known is not known here, and whoever needs it complains.
+    damaged: list[CorruptionError] = []
+    runs, head = local_runs(journal, damaged.append), read_head(journal, damaged.append)
+    known = [(run.parent, f"run {fmt.run_name(run.run)} continues") for run in runs if run.parent]
+    if head is not None:
         known.append((head.position, "head.json holds"))
     for position, what in known:
         report = ends.get(position.run)

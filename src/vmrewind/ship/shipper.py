@@ -18,7 +18,7 @@ from typing import Final
 from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
-from vmrewind.journal.runs import RunInfo, local_runs, run_path
+from vmrewind.journal.runs import RunInfo, described_runs, local_runs, run_path
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
@@ -63,6 +63,9 @@ class Shipper:
         self._meter: _Meter | None = None
         self._runs: dict[int, RunInfo] = {}
         self._held: set[int] = set()
+        self._lost: set[int] = set()
+        """Runs whose description is nowhere to be had."""
+        self._complaints: set[str] = set()
         self._noted: dict[int, int] = {}
 
     def step(self, disks: tuple[str, ...], *, hurry: bool = False) -> float:
@@ -137,7 +140,7 @@ class Shipper:
                 disks = [disk.index for disk in info.disks if disk.target in self._disks]
                 each = (self._coverage.reached(run, index, info.first_seq) for index in disks)
                 reached[run] = min(each, default=SEQ_MAX)
-            elif run < newest:
+            elif run < newest and run not in self._lost:
                 reached[run] = SEQ_MAX  # it never reached its CPU
         return reached
 
@@ -154,7 +157,7 @@ class Shipper:
             return 0
 
     def _replan(self) -> None:
-        self._runs = {info.run: info for info in local_runs(self._journal)}
+        self._runs = {info.run: info for info in self._described_runs()}
         self._held = {file.run for file in segment_files(self._journal)}
         self._plan = make_plan(self._runs, self._disks, self._coverage, self._held)
         self._describe(self._plan.runs)
@@ -167,6 +170,27 @@ class Shipper:
             self._live = None
         if self._live is None and live is not None:
             self._live = Carrier(self._journal, live, growing=True)
+
+    def _described_runs(self) -> list[RunInfo]:
+        """The journal's runs; of one whose description is damaged here the repository may have a copy, if it was carried before."""
+        assert self._vm is not None
+        damaged: list[CorruptionError] = []
+        described = set(described_runs(self._journal))
+        found = local_runs(self._journal, damaged.append)
+        if not damaged:
+            return found
+        missing = described - {info.run for info in found}
+        copies = [info for info in self._vm.runs() if info.run in missing]
+        self._lost = missing - {info.run for info in copies}
+        for error in damaged if self._lost else ():
+            self._complain(f"{error}; a run that is not described cannot be shipped")
+        return sorted([*found, *copies], key=lambda info: info.run)
+
+    def _complain(self, what: str) -> None:
+        """Once."""
+        if what not in self._complaints:
+            self._complaints.add(what)
+            print(f"ship: {what}", file=sys.stderr, flush=True)  # noqa: T201
 
     def _describe(self, runs: tuple[RunInfo, ...]) -> None:
         """Put what a reader must know before it can use the records, first."""
@@ -271,7 +295,9 @@ class Shipper:
         try:
             return uuid.UUID(text).bytes
         except ValueError as error:
-            raise CorruptionError(f"{run_path(self._journal, run)}: {text!r} is not a uuid") from error
+            raise CorruptionError(
+                f"{run_path(self._journal, run)}: {text!r} is not a uuid", "put the VM's uuid back into it"
+            ) from error
 
     def _finish_live(self) -> None:
         if self._live is not None:

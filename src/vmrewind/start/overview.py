@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vmrewind.errors import VmrewindError
+from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
@@ -45,8 +45,10 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             d.target: {"image": d.image, "format": d.format, "bases": _bases(handle, d.target)} for d in config.protection.disk
         }
         result["ship"] = {"wanted": read_wanted(handle.paths)}
-    runs = local_runs(handle.journal)
-    head = read_head(handle.journal)
+    damaged: list[CorruptionError] = []
+    runs = local_runs(handle.journal, damaged.append)
+    head = read_head(handle.journal, damaged.append)
+    problems += map(str, damaged)
     if head is not None:
         result["last_record"] = {"run": run_name(head.position.run), "seq": head.position.seq, "time_ns": head.position.time_ns}
     if keeping is not None:

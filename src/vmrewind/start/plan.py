@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.recovery import find_end, recover
-from vmrewind.errors import ConfigError, ImageError, MomentError, RepositoryError, VmStateError
+from vmrewind.errors import ConfigError, CorruptionError, ImageError, MomentError, RepositoryError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
@@ -60,6 +60,8 @@ class Past:
     position: Position | None
     head: Head | None
     gap_cause: str = "the image is not as the last run left it: it was changed while the VM was off"
+    used: frozenset[str] = frozenset()
+    """Disks whose images somebody used after the last run died, so that its journal was not replayed onto them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +179,8 @@ class Planner:
 
     def _past(self) -> Past:
         recovered = recover(self.journal, self.say)
-        runs = local_runs(self.journal)
-        head = read_head(self.journal)
+        runs = local_runs(self.journal, self._report)
+        head = read_head(self.journal, self._report)
         if head is not None:
             return Past(runs, head.position, head)
         if recovered is not None:
@@ -192,7 +194,7 @@ class Planner:
             cause = "the host died: the images may hold writes that the journal lost" if recovered.host_died else (
                 "vmrewind itself was killed, and what touched the images since is not known"
             )  # fmt: skip
-            return Past(runs, recovered.position, None, cause)
+            return Past(runs, recovered.position, None, cause, recovered.changed)
         cause = "the last run did not end cleanly"
         for info in reversed(runs):
             if (end := find_end(self.journal, info.run, verify_after=1 << 64)) is not None:
@@ -200,6 +202,10 @@ class Planner:
         if self.repository is not None and (shipped := self.repository.runs()):
             return Past(shipped, self._last_shipped(), None, "the local journal is gone")
         return Past([], None, None)
+
+    def _report(self, error: CorruptionError) -> None:
+        self.say(f"{error}; going on without it")
+        self.events.write("state.damaged", message=str(error))
 
     def _last_shipped(self) -> Position:
         """The last moment that the repository knows, for a host whose journal is gone."""
@@ -253,6 +259,8 @@ class Planner:
         return past.head is not None and past.head.images.get(image.target) == image.identity()
 
     def _cause(self, image: Image, past: Past) -> str:
+        if image.target in past.used:
+            return "the image was used without vmrewind after the last run died"
         if past.head is None:
             return past.gap_cause
         if image.target not in past.head.images:
