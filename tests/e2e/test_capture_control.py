@@ -60,7 +60,7 @@ def test_a_mark_is_a_record_between_the_writes_around_it(capture: Capture) -> No
     assert entries[answer["seq"] + 1].payload == b"after"
 
 
-@pytest.mark.parametrize("name", [None, "", 7, ["x"], "x" * 201, "two\nlines", "\x1b[31m", "\x00"])
+@pytest.mark.parametrize("name", [None, "", 7, ["x"], "x" * 201, "two\nlines", "\x1b[31m", "\x00", " led", "trailed "])
 def test_a_name_that_could_not_be_shown_is_refused(capture: Capture, name: object) -> None:
     answer = capture.instruct(command="mark", name=name)
     assert (answer["ok"], answer["kind"]) == (False, "usage")

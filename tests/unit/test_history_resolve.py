@@ -311,7 +311,9 @@ def test_without_the_repository_the_timeline_works_and_reading_says_what_is_miss
         with pytest.raises(RepositoryError, match="not mounted"):
             history.reachable_repository("chunk")
     with History.open("web01", made.journal, None) as history:
-        assert "no moment of disk vda can be restored" in str(refused(made, history, "latest"))
+        error = refused(made, history, "latest")
+        assert "no moment of disk vda can be restored" in str(error)
+        assert "vmrewind backup web01" in error.hint and "protected start" in error.hint
 
 
 def test_a_vm_without_history(tmp_path: Path) -> None:
@@ -376,3 +378,9 @@ def test_a_run_without_records_is_as_its_parent_only_if_its_journal_is_here(made
         error = refused(made, history, "latest")
         assert f"run {newest:016x} are not in the repository" in str(error)
         assert f"(seq:{end.seq})" in error.hint
+
+
+@pytest.mark.parametrize("text", ["seq:99999999999999999999", "9998-12-31T23:59:59Z", "1970-01-01T00:00:00Z"])
+def test_moments_far_off_are_refused_in_words(made: MadeHistory, text: str) -> None:
+    with made.open() as history:
+        assert "nearest possible moment" in refused(made, history, text).hint

@@ -93,3 +93,20 @@ def test_a_local_time_that_never_was_is_refused() -> None:
 )
 def test_an_echoed_time_can_be_given_again(time_ns: int) -> None:
     assert parse_moment(format_time(time_ns), NOW) == AtTime(time_ns)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-99999999999d", "-99999999999999999999999999s", "0001-01-01T00:00:00Z", "0001-01-01T00:00:00", "0001-01-01T00:00+14:00",
+     "1969-12-31T23:59:59Z", "9999-12-31T23:59:59Z", "9999-12-31T23:59:59-12:00"],
+)  # fmt: skip
+def test_times_that_no_calendar_says_are_refused(text: str) -> None:
+    with pytest.raises(MomentError, match="not a moment") as caught:
+        parse_moment(text, NOW)
+    assert "write one of" in caught.value.hint
+
+
+def test_the_last_time_that_is_taken_can_be_said() -> None:
+    moment = parse_moment("9998-12-31T23:59:59Z", NOW)
+    assert isinstance(moment, AtTime)
+    assert format_time(moment.time_ns).startswith("9999-01-01T00:59:59")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.history_tools import VM, MadeHistory, exit_code_of_main
+from vmrewind.cli.mark import mark
 from vmrewind.cli.timeline import chart
 from vmrewind.errors import MomentError, UsageError, VmStateError
 from vmrewind.history.moments import format_time
@@ -161,3 +162,9 @@ def test_timeline_with_the_repository_away(
 def test_chart() -> None:
     assert chart([0, 1, 50, 100]) == " ▁▄█"
     assert chart([0, 0]) == "  "
+
+
+def test_a_mark_that_no_moment_could_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="white space") as caught:
+        mark(VM, " upgrade ")
+    assert "'upgrade'" in caught.value.hint

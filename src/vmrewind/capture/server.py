@@ -490,8 +490,9 @@ class Server:
 
     def _mark(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
         name = request.get("name")
-        if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable():
-            answer({"ok": False, "kind": "usage", "message": "a bookmark's name is 1 to 200 printable characters"})
+        if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
+            message = "a bookmark's name is 1 to 200 printable characters, without white space at its ends"
+            answer({"ok": False, "kind": "usage", "message": message})
             return
         seq = self.record_event(fmt.Event.BOOKMARK, {"name": name})
         if seq is None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.errors import UsageError
 from vmrewind.start.control import instruct
 from vmrewind.start.resolve import open_vm
 
@@ -20,6 +21,9 @@ def mark(
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
 ) -> None:
     """Bookmark this moment of a running VM. The bookmark is on stable storage when the command ends."""
+    if name != name.strip():
+        # Where a moment is written it could not be told from what stands around it.
+        raise UsageError(f"a bookmark's name has no white space at its ends: {name!r}", f"call it {name.strip()!r}")
     handle = open_vm(vm)
     answer = instruct(handle.paths, command="mark", name=name)
     if json:

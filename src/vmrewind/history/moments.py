@@ -16,6 +16,8 @@ FORMS: Final = (
 
 _NS: Final = 1_000_000_000
 _UNITS_NS: Final = {"s": _NS, "m": 60 * _NS, "h": 3600 * _NS, "d": 86400 * _NS}
+_END_NS: Final = 253_370_764_800 * _NS
+"""The beginning of year 9999."""
 _FRACTION: Final = r"(?:[.,](?P<fraction>\d{1,9}))?"
 _CLOCK: Final = r"(?P<hour>\d{2}):(?P<minute>\d{2})(?::(?P<second>\d{2})" + _FRACTION + ")?"
 _ZONE: Final = r"(?P<zone>Z|[+-]\d{2}(?::?\d{2})?)?"
@@ -66,13 +68,20 @@ def parse_moment(text: str, now_ns: int) -> Moment:
     if (match := _RELATIVE.fullmatch(text)) is not None:
         whole, _, fraction = match["amount"].partition(".")
         amount = int(whole) * _NS + int(fraction.ljust(9, "0") or 0)
-        return AtTime(now_ns - amount * _UNITS_NS[match["unit"]] // _NS)
+        return _at(now_ns - amount * _UNITS_NS[match["unit"]] // _NS, text)
     if (match := _ISO.fullmatch(text)) is not None:
-        return AtTime(_time_of(match, int(match["year"]), int(match["month"]), int(match["day"]), match["zone"], text))
+        return _at(_time_of(match, int(match["year"]), int(match["month"]), int(match["day"]), match["zone"], text), text)
     if (match := _TODAY.fullmatch(text)) is not None:
         today = datetime.fromtimestamp(now_ns // _NS)
         return AtTime(_time_of(match, today.year, today.month, today.day, None, text))
     raise MomentError(f"{text!r} is not a moment", f"write one of: {FORMS}")
+
+
+def _at(time_ns: int, text: str) -> AtTime:
+    """Raises MomentError for a time that no record can have and that calendars of some zones cannot say."""
+    if not 0 <= time_ns < _END_NS:
+        raise MomentError(f"{text!r} is not a moment of any VM's life: those lie between 1970 and 9999", f"write one of: {FORMS}")
+    return AtTime(time_ns)
 
 
 def _time_of(match: re.Match[str], year: int, month: int, day: int, zone: str | None, text: str) -> int:

@@ -35,7 +35,7 @@ class _Resolver:
         for coverage in self._coverages:
             if not coverage.intervals:
                 cause = coverage.gaps[-1].cause if coverage.gaps else "nothing was recorded yet"
-                raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", self._branches())
+                raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", self._way_out())
         # After a step back of the wall clock the journal's time is ahead of it for a while.
         self._now_ns = max(current_ns, *(coverage.intervals[-1].last.time_ns for coverage in self._coverages))
 
@@ -149,6 +149,11 @@ class _Resolver:
 
     def _at_common(self, time_ns: int) -> Position:
         return max((self._last_at(coverage, time_ns) for coverage in self._coverages), key=lambda p: p.seq)
+
+    def _way_out(self) -> str:
+        """What to do where there is no moment at all."""
+        begin = f"stop the VM and run `vmrewind backup {self._history.name}`: with its next protected start a history begins"
+        return f"{begin}; {self._branches()}" if len(self._history.runs) > 1 else begin
 
     def _branches(self) -> str:
         return "branches: " + ", ".join(run_name(run) for run in self._history.runs)
