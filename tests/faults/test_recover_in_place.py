@@ -8,14 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.history_tools import MadeHistory
 from vmrewind.capture.locks import lock_image
+from vmrewind.capture.recovery import recover
 from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmStateError
-from vmrewind.journal.runs import read_head
+from vmrewind.journal.reader import segment_files
+from vmrewind.journal.runs import Position, read_head, run_path, write_durably
+from vmrewind.journal.state import StatePage
 from vmrewind.recover.in_place import pending, restore_in_place
 
 K = 1024
@@ -199,6 +203,63 @@ def test_killed_at_any_step_it_is_noticed_and_completed_by_running_it_again(made
     else:
         pytest.fail("it never ended")
     assert len(states) >= 4, f"the kills met too few different states: {states}"
+
+
+def crash(made: Stopped) -> bytes:
+    """Let the host have died in a second run: what it flushed is in the journal, and not in the images. What vdb should hold."""
+    parent = made.position(made.end.seq)
+    run = made.start(parent=parent)
+    info = made.infos[run]
+    disks = tuple(replace(disk, image=str(made.images[disk.target])) for disk in info.disks)
+    write_durably(run_path(made.journal, run), replace(info, disks=disks).to_json())
+    made.write("vda", 5000, b"flushed" * 100)
+    made.write("vdb", 7000, b"flushed" * 100)
+    state = StatePage(made.journal)
+    state.begin(run)
+    state.close()
+    with open(made.journal / "capture.state", "r+b") as file:
+        file.seek(16)
+        file.write(os.urandom(16))
+    return bytes(made.disk("vdb").content)
+
+
+def test_after_a_crash_the_other_disks_keep_what_was_flushed(made: Stopped) -> None:
+    wanted = crash(made)
+    assert made.images["vdb"].read_bytes() != wanted
+    with made.open() as history:
+        position = made.position(max(made.times))
+        restore_in_place(history, {"vda": made.images["vda"]}, position, made.journal, quiet)
+    assert made.images["vda"].read_bytes() == made.disk("vda").states[position.seq]
+    assert made.images["vdb"].read_bytes() == wanted
+    assert recover(made.journal) is None
+
+
+def test_a_recovery_that_fails_keeps_one_disk_from_being_restored_alone(made: Stopped) -> None:
+    """Of all disks together nothing is lost by it."""
+    crash(made)
+    (damaged,) = (file.path for file in segment_files(made.journal, made.run))
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    state = StatePage(made.journal)
+    state.set_checkpoint(1)
+    state.close()
+    before = made.images["vda"].read_bytes()
+    position = Position(min(made.infos), 6, made.times[6])
+    with made.open() as history:
+        with pytest.raises(CorruptionError, match="none of its records is readable"):
+            restore_in_place(history, {"vda": made.images["vda"]}, position, made.journal, quiet)
+        assert made.images["vda"].read_bytes() == before
+        restore_in_place(history, made.images, position, made.journal, quiet)
+    assert made.images["vdb"].read_bytes() == made.disk("vdb").states[6]
+
+
+def test_a_qcow2_file_that_became_shorter_gets_its_export_size_back(tmp_path: Path) -> None:
+    made = Stopped(tmp_path)
+    info = made.infos[made.run]
+    disks = tuple(replace(disk, format="qcow2") for disk in info.disks)
+    write_durably(run_path(made.journal, made.run), replace(info, disks=disks).to_json())
+    os.truncate(made.images["vda"], 3 * M)
+    restore(made, 9, "vda")
+    assert made.images["vda"].read_bytes() == made.disk("vda").states[9]
 
 
 def test_no_space_says_that_the_image_is_half_restored(made: Stopped, monkeypatch: pytest.MonkeyPatch) -> None:

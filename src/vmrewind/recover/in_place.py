@@ -1,8 +1,9 @@
 """Restoring a stopped VM's own images, so that an interruption at any point is noticed and can be completed.
 
-Order: everything is read and verified once, without changing anything; an intent is written durably; ``head.json``, by which a
-start recognises the images, is removed; blocks that differ are written; the images are synced; a new head is written; the intent is
-removed. A start refuses while the intent is there, and doing the same restore again completes it.
+Order: what a crash left is recovered, as the new head would hide it from the next start; everything is read and verified once,
+without changing anything; an intent is written durably; ``head.json``, by which a start recognises the images, is removed; blocks
+that differ are written; the images are synced; a new head is written; the intent is removed. A start refuses while the intent is
+there, and doing the same restore again completes it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmrewind.capture.image import Image
-from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmStateError
+from vmrewind.capture.recovery import recover
+from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmrewindError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.history.view import View
 from vmrewind.journal.format import run_name
-from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, sync_directory, write_durably
+from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, sync_directory, write_durably
 from vmrewind.recover.blocks import differing_runs
 from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
 
@@ -56,11 +58,16 @@ def restore_in_place(
             raise VmStateError(
                 f"{history.name}: an interrupted restore in place left {', '.join(sorted(others))} half restored", f"add {names}"
             )
+        if begun is None:
+            _recover(journal, list(images))
         jobs = []
         for target, path in images.items():
             view = View.open(history, target, position)
             image = Image(view.disk.index, target, str(path), "raw")
             opened.callback(image.close)
+            if view.disk.format == "qcow2" and image.size < view.size:
+                # It is to be as long as its export again, which costs no space.
+                image.size = view.size
             if image.size != view.size:
                 raise ImageError(
                     f"{path}: {image.size} bytes, but disk {target} had {view.size} bytes then",
@@ -78,6 +85,17 @@ def restore_in_place(
         (journal / RESTORE_PENDING).unlink()
         sync_directory(journal)
         return Restored(history.name, position, [job.restored for job in jobs])
+
+
+def _recover(journal: Path, targets: Sequence[str]) -> None:
+    """Finish a run that a crash cut short: disks that are not restored keep every write that was promised to their guest."""
+    try:
+        recover(journal)
+    except VmrewindError:
+        runs = local_runs(journal)
+        if not runs or any(disk.target not in targets for disk in runs[-1].disks):
+            raise
+        # Every disk is about to be made another one: what cannot be recovered is not needed.
 
 
 @contextmanager
@@ -166,6 +184,7 @@ class _Job:
 
     def write(self) -> None:
         """Write what differs, and sync; raises OSError."""
+        self.image.extend()
         total = sum(end - start for start, end in self._differing)
         done = 0
         for start, end in self._differing:
