@@ -38,6 +38,8 @@ class Worker:
         self._jobs: SimpleQueue[tuple[Callable[[], int], Callable[[int], None]] | None] = SimpleQueue()
         self._post = post
         self.busy = False
+        self.error = 0
+        """What the last job that failed returned; there for ``Durability.finish``, when no completion is run any more."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -50,6 +52,8 @@ class Worker:
         while (item := self._jobs.get()) is not None:
             job, done = item
             result = job()
+            if result:
+                self.error = result
 
             def complete(done: Callable[[int], None] = done, result: int = result) -> None:
                 self.busy = False
@@ -177,6 +181,8 @@ class Durability:
         self._checkpointer.stop()
         finished, current, rolled = self._writer.take_unsynced()
         error = self._sync_journal(finished, current, rolled) or self._sync_images()
+        # The kernel tells once that it lost a write: a job that was under way may be the one that it told.
+        error = self._flusher.error or self._checkpointer.error or error
         if error:
             self._images_lost_writes(error)
         self._state.set_checkpoint(self._state.applied)
