@@ -23,20 +23,22 @@ SIZE = 64 * MIB
 class Alone:
     """A disk served by ``vmrewind capture``, with a repository."""
 
-    def __init__(self, directory: Path, **protection: str) -> None:
+    def __init__(self, directory: Path, image_format: str = "raw", **protection: str) -> None:
         self.directory = directory
-        self.image = directory / "vda.raw"
+        self.format = image_format
+        self.image = directory / f"vda.{image_format}"
         self.repository = directory / "repository"
         self.config = directory / "alone.toml"
-        with self.image.open("wb") as file:
-            file.truncate(SIZE)
+        subprocess.run(["qemu-img", "create", "-q", "-f", image_format, self.image, str(SIZE)], check=True)
         vmrewind("init", self.repository)
         self.configure(repository=str(self.repository), **protection)
 
     def configure(self, **protection: str) -> None:
         keys = {"journal_size": "64MiB", **protection}
         lines = ['name = "alone"', "[protection]", "enabled = true", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
-        self.config.write_text("\n".join([*lines, "[[protection.disk]]", 'target = "vda"', f'image = "{self.image}"', ""]))
+        self.config.write_text(
+            "\n".join([*lines, "[[protection.disk]]", 'target = "vda"', f'image = "{self.image}"', f'format = "{self.format}"', ""])
+        )
 
     @contextmanager
     def serving(self, **environment: str) -> Iterator[dict[str, Any]]:
@@ -72,7 +74,7 @@ class Alone:
     def restored(self, moment: str, *more: str) -> bytes:
         output = self.directory / f"out-{time.monotonic_ns()}"
         vmrewind("restore", self.config, "--at", moment, "--output", output, *more)
-        return (output / "vda.raw").read_bytes()
+        return (output / f"vda.{self.format}").read_bytes()
 
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = json.loads(vmrewind("status", self.config, "--json").stdout)
@@ -178,4 +180,50 @@ def test_a_ship_that_was_left_over_does_not_serve_the_next_run(tmp_path: Path) -
         assert Process.of(before["ship"]["pid"]) is None
         alone.write(ready, 2)
     shutil.rmtree(alone.journal)
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
+def test_a_qcow2_image_with_an_internal_snapshot_goes_on(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, "qcow2")
+    with alone.serving() as ready:
+        uri = ready["disks"]["vda"]["uri"]
+        subprocess.run(["qemu-io", "-f", "qcow2", uri, "-c", "write -P 5 0 1M"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["qemu-img", "snapshot", "-c", "inside", f"json:{json.dumps(_qcow2_over(uri))}"], check=True)
+        before = json.loads(vmrewind("mark", alone.config, "snapshot", "--json").stdout)
+        truth = alone.image.read_bytes()
+    with alone.serving():
+        assert "history.gap" not in alone.events() and "base.made" not in alone.events()
+    assert alone.restored(f"seq:{before['seq']}") == truth
+    vmrewind("restore", alone.config, "--at", "@snapshot", "--in-place")
+    assert alone.image.read_bytes() == truth
+
+
+def _qcow2_over(uri: str) -> dict[str, Any]:
+    export, _, socket = uri.removeprefix("nbd+unix:///").partition("?socket=")
+    return {"driver": "qcow2", "file": {"driver": "nbd", "export": export, "server": {"type": "unix", "path": socket}}}
+
+
+def test_a_backup_can_be_restored_as_soon_as_it_is_made(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.image.open("r+b") as file:
+        file.write(b"first")
+    vmrewind("backup", alone.config)
+    first = alone.image.read_bytes()
+    assert alone.restored("latest") == first
+    with alone.image.open("r+b") as file:
+        file.write(b"second")
+    vmrewind("backup", alone.config)
+    shutil.rmtree(alone.journal)
+    assert alone.restored("latest") == alone.image.read_bytes() != first
+    with alone.serving():
+        pass
+
+
+def test_of_two_starts_at_once_one_is_refused_and_harms_nobody(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        again = vmrewind("capture", alone.config, check=False)
+        assert again.returncode == 8 and "already running" in again.stderr
+        alone.write(ready, 1)
+        assert alone.status()["problems"] == []
     assert alone.restored("latest") == alone.image.read_bytes()

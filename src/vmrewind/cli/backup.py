@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json as json_module
 import sys
 from typing import Annotated
@@ -10,9 +11,7 @@ from cyclopts import Parameter
 
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError, VmStateError
-from vmrewind.journal.events import EventLog
-from vmrewind.start.plan import Planner
-from vmrewind.start.plan import backup as make_backup
+from vmrewind.start.backup import back_up_vm
 from vmrewind.start.processes import running
 from vmrewind.start.resolve import open_vm
 
@@ -34,16 +33,14 @@ def backup(
         if target not in known:
             raise UsageError(f"{handle.name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
     with byte_progress(quiet=json) as update:
-        planner = Planner.of(
-            config,
-            handle.paths,
-            handle.journal,
-            EventLog(None),
-            lambda message: print(message, file=sys.stderr),
-            lambda target, done, total, _: update(f"base of {target}", done, total),
+        made = asyncio.run(
+            back_up_vm(
+                handle,
+                disk or known,
+                lambda message: print(message, file=sys.stderr),
+                lambda target, done, total, _: update(f"base of {target}", done, total),
+            )
         )
-        made = make_backup(planner, disk)
-    config.save(handle.paths.config)
     if json:
         print(json_module.dumps({"vm": handle.name, "bases": made}))
     else:

@@ -29,7 +29,10 @@ def events(
         if json:
             print(line)
             continue
-        event: dict[str, Any] = json_module.loads(line)
+        try:
+            event: dict[str, Any] = json_module.loads(line)
+        except ValueError:
+            continue  # cut off by a crash in the middle of its writing
         fields = {k: v for k, v in event.items() if k not in ("time", "time_ns", "event")}
         told = " ".join(f"{key}={value if isinstance(value, str) else json_module.dumps(value)}" for key, value in fields.items())
         print(f"{event['time']}  {event['event']:<22} {told}")

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from vmrewind.errors import VmrewindError
 from vmrewind.start.overview import known_vms, overview
 from vmrewind.start.resolve import open_vm
 
@@ -30,11 +31,19 @@ def status(
         else:
             _show(found)
         return
-    every = [overview(open_vm(name)) for name in known_vms()]
+    every = [_overview(name) for name in known_vms()]
     if json:
         print(json_module.dumps(every))
     else:
         _list(every)
+
+
+def _overview(name: str) -> dict[str, Any]:
+    """One VM of many: what is wrong with it must not hide the others."""
+    try:
+        return overview(open_vm(name))
+    except VmrewindError as error:
+        return {"vm": name, "state": "unknown", "problems": [f"{error} ({error.hint})"]}
 
 
 def _list(every: list[dict[str, Any]]) -> None:

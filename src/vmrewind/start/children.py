@@ -151,6 +151,11 @@ class ShipChild:
         """Wait for its end; returns how it ended, in words."""
         return _ending(await self._process.wait())
 
+    def abandon(self) -> None:
+        """Kill it without waiting: a process that hangs in its storage ends when that lets go."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
     async def stop(self) -> str:
         """Ask it to send what is there, and wait for its end."""
         with contextlib.suppress(ProcessLookupError):

@@ -11,7 +11,7 @@ from typing import Any
 from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
-from vmrewind.start.images import make_whole
+from vmrewind.start.images import make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper, Storage
 from vmrewind.start.qemu import Qemu
 from vmrewind.vmconfig.model import VmConfig
@@ -49,7 +49,7 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         config = await _until(stop, keeper.bring_up(lambda: _load(path), say, interruptible))
     except VmrewindError as error:
         config = _load(path)
-        if config.protection.on_failure != "start-unprotected":
+        if not may_start_unprotected(config, error):
             raise
         make_whole(config.name, storage.journal, say)
         say(f"{config.name}: NOT PROTECTED: {error}")
@@ -66,7 +66,11 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
     try:
         qemu = await Qemu.start(config, keeper.paths.nbd_socket, keeper.paths.runtime / "monitor.sock")
         keeper.qemu_started(qemu.pid)
-        await qemu.start_cpu()
+        try:
+            await qemu.start_cpu()
+        except BaseException:
+            await qemu.quit()
+            raise
         keeper.events.write("cpu.started")
     except BaseException as error:
         keeper.events.write("start.failed", error=str(error) or type(error).__name__)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmrewind.capture.recovery import recover
-from vmrewind.errors import VmStateError
+from vmrewind.errors import ImageError, VmrewindError, VmStateError
 from vmrewind.journal.runs import RESTORE_PENDING
+from vmrewind.vmconfig.model import VmConfig
 
 
 def refuse_half_restored(name: str, journal: Path) -> None:
@@ -17,6 +18,15 @@ def refuse_half_restored(name: str, journal: Path) -> None:
             f"{name}: a restore in place was interrupted, so its images are half old and half restored",
             f"run `vmrewind restore {name} --in-place` again: it completes it",
         )
+
+
+def may_start_unprotected(config: VmConfig, error: VmrewindError) -> bool:
+    """Whether a start that failed with ``error`` may go on without protection, as the configuration says.
+
+    Never if the VM runs already, its images are half restored, or an image is missing, in use or wrong: what stands in the way
+    then is not protection.
+    """
+    return config.protection.on_failure == "start-unprotected" and not isinstance(error, VmStateError | ImageError)
 
 
 def make_whole(name: str, journal: Path, say: Callable[[str], None]) -> None:

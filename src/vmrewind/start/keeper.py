@@ -21,7 +21,7 @@ from typing import Any, Final
 from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.journal.events import EventLog
 from vmrewind.paths import VmPaths
-from vmrewind.start.images import make_whole
+from vmrewind.start.images import make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper, Storage
 from vmrewind.start.libvirt import Libvirt, qemu_owner
 from vmrewind.start.unprotected import UnprotectedServer
@@ -88,7 +88,7 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
         await keeper.bring_up(load, _log, interruptible)
     except VmrewindError as error:
         config = load()
-        if config.protection.on_failure != "start-unprotected":
+        if not may_start_unprotected(config, error):
             raise
         make_whole(config.name, storage.journal, _log)
         await _serve_unprotected(keeper, config, error, report_ready, stop)

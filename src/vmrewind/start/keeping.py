@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -37,6 +38,7 @@ DEATHS_SECONDS: Final = 60
 """After this many deaths of a child within this time, its next start waits: a child that cannot live must not eat the host."""
 _PATIENCE_SECONDS: Final = 1.0
 _SHIP_RESTART_SECONDS: Final = 0.2
+_SHIP_STOP_SECONDS: Final = 10.0
 _SHIP_FINISH_SECONDS: Final = 7.0
 _LEFTOVER_SECONDS: Final = 60.0
 _RESYNC_RETRY_SECONDS: Final = 2.0
@@ -89,6 +91,12 @@ class Keeper:
         self._qemu_pid: int | None = None
         self._repository: str | None = None
         self._trouble: str | None = None
+        self._lock = -1
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """The bases that the disks equal at the run's beginning, by target."""
+        return dict(self._plan.info.bases) if self._plan is not None else {}
 
     @property
     def run_name(self) -> str:
@@ -103,19 +111,31 @@ class Keeper:
 
     # -- the order of a start: docs/architecture.md
 
-    async def bring_up(self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None) -> VmConfig:
-        """Create capture, read the configuration, assign the disks, create ship. On failure nothing is left behind."""
+    async def bring_up(
+        self,
+        load: Callable[[], VmConfig],
+        say: Callable[[str], None],
+        progress: Progress | None,
+        backup: Sequence[str] = (),
+    ) -> VmConfig:
+        """Create capture, read the configuration, assign the disks, create ship. On failure nothing is left behind.
+
+        ``backup``: disks that get a new base in any case.
+        """
         self.paths.runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
+        self._lock_vm()
         await clear_leftovers(self.paths)
         self.events.write("start.begin", vm=self.storage.name, run=self.run_name, mode=self.mode)
         try:
-            return await self._bring_up(load, say, progress)
+            return await self._bring_up(load, say, progress, backup)
         except BaseException as error:
             self.events.write("start.failed", error=str(error) or type(error).__name__)
             await self.stop()
             raise
 
-    async def _bring_up(self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None) -> VmConfig:
+    async def _bring_up(
+        self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None, backup: Sequence[str]
+    ) -> VmConfig:
         self._sockets = (listen(self.nbd_socket, self._owner), listen(self.paths.control_socket, None))
         storage = self.storage
         self._capture = await self._create_capture()
@@ -128,7 +148,7 @@ class Keeper:
 
         def make_plan() -> Plan:
             planner = Planner.of(config, self.paths, storage.journal, self.events, say, progress, alone=self.mode == "alone")
-            return planner.plan(self.run)
+            return planner.plan(self.run, backup)
 
         plan = await asyncio.to_thread(make_plan)
         self._rename(plan.info.run)
@@ -156,6 +176,17 @@ class Keeper:
             if plan.resync:
                 self._tasks.append(asyncio.create_task(self._resync(repository, plan.resync)))
         return config
+
+    def _lock_vm(self) -> None:
+        """One keeper for a VM: held until this process ends. Of two starts at once, one is refused and touches nothing."""
+        lock = os.open(self.paths.runtime / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            name = self.paths.name
+            raise VmStateError(f"{name} is already running, or being started", f"see `vmrewind status {name}`") from error
+        self._lock = lock
 
     def _rename(self, run: int) -> None:
         """The plan gave the run another id than this keeper began with."""
@@ -282,18 +313,23 @@ class Keeper:
             sock.close()
         for path in (self.nbd_socket, self.paths.control_socket, self.paths.keeper):
             path.unlink(missing_ok=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     async def _stop_ship(self) -> None:
         if self._ship is None:
             return
-        ending = await self._ship.stop()
-        if ending != CLEAN and self._repository is not None:
-            # It was dead already, or too young to be told: another one carries what is left, if that is soon done.
-            self._ship = await ShipChild.create(self.paths, self.storage.journal, self._repository, finish=True)
-            try:
+        try:
+            ending = await asyncio.wait_for(self._ship.stop(), _SHIP_STOP_SECONDS)
+            if ending != CLEAN and self._repository is not None:
+                # It was dead already, or too young to be told: another one carries what is left, if that is soon done.
+                self._ship = await ShipChild.create(self.paths, self.storage.journal, self._repository, finish=True)
                 ending = await asyncio.wait_for(self._ship.wait(), _SHIP_FINISH_SECONDS)
-            except TimeoutError:
-                ending = await self._ship.stop()
+        except TimeoutError:
+            # A repository that hangs must not hold up the VM's stop. What is not carried yet follows at the next start.
+            self._ship.abandon()
+            ending = "abandoned: the repository does not answer"
         self.events.write("ship.ended", ending=ending)
 
 
@@ -307,8 +343,15 @@ async def clear_leftovers(paths: VmPaths) -> None:
             await _end(left.ship)
         return
     alive = keeping.qemu is not None and keeping.qemu.alive
-    if keeping.keeper.alive or alive:
+    if keeping.keeper.alive:
         raise VmStateError(f"{paths.name} is already running (pid {keeping.keeper.pid})", f"see `vmrewind status {paths.name}`")
+    if alive:
+        assert keeping.qemu is not None, "it is what is alive"
+        # It would come back to the next capture's socket, beside the next QEMU: two guests writing one disk.
+        raise VmStateError(
+            f"{paths.name}: its keeper has died, but its QEMU (pid {keeping.qemu.pid}) is still there",
+            f"end that QEMU first: kill {keeping.qemu.pid}",
+        )
     assert keeping.capture is not None, "if its keeper is dead, what runs is its capture"
     status = await asyncio.to_thread(lambda: instruct(paths, command="status"))
     if any(disk["clients"] for disk in status["disks"].values()):

@@ -100,8 +100,11 @@ class Planner:
             return cls(config, paths, journal, events, say, progress, None, error)
         return cls(config, paths, journal, events, say, progress, repository)
 
-    def plan(self, run: int) -> Plan:
-        """Finish the past, make the bases that are missing, and describe the run. Raises what stops a start."""
+    def plan(self, run: int, backup: Sequence[str] = ()) -> Plan:
+        """Finish the past, make the bases that are missing, and describe the run. Raises what stops a start.
+
+        ``backup``: disks that get a base whether they need one or not, and whatever their size is now.
+        """
         self.refuse_pending_restore()
         vm_uuid = self.vm_uuid()
         if self.repository is not None:
@@ -111,23 +114,26 @@ class Planner:
         run = max(run, newest_run(past.runs) + 1)
         self._check_sizes(past)
         self._warn()
-        images = self.open_images(past.runs)
+        images = self.open_images(past.runs, backup)
         bases: dict[str, str] = {}
         gaps: dict[str, Discontinuity] = {}
         resync: list[str] = []
         try:
             for image in images:
-                self._check_size(image, past, vm_uuid)
+                if image.target not in backup:
+                    self._check_size(image, past, vm_uuid)
                 image.extend()
                 continuous = self._continues(image, past)
                 base = matching_base(self.paths, self.repository, image.target, vm_uuid, image.identity())
+                if image.target in backup:
+                    base = self._make_base(image, vm_uuid, "a backup was asked for")
                 wanted = self.config.protection.repository is not None
                 if base is None and wanted:
                     stands = self._stands(image, past)
                     if stands and not continuous:
                         resync.append(image.target)
                     elif not stands:
-                        base = self._make_base(image, vm_uuid, first=not past.runs)
+                        base = self._make_base(image, vm_uuid, "no base equals it as it is now" if past.runs else "it has none yet")
                 if base is not None:
                     bases[image.target] = base
                 if past.position is not None and not continuous:
@@ -217,12 +223,13 @@ class Planner:
             except MomentError:
                 return Position(info.run, history.records(info.run).last_known or info.first_seq, info.start_time_ns)
 
-    def open_images(self, runs: Sequence[RunInfo] = ()) -> list[Image]:
-        """Every protected disk's image, open and locked, of the size that it had in ``runs``; raises ImageError."""
+    def open_images(self, runs: Sequence[RunInfo] = (), anew: Sequence[str] = ()) -> list[Image]:
+        """Every protected disk's image, open and locked, of the size that it had in ``runs`` but for the disks ``anew``."""
         images: list[Image] = []
         try:
             for index, disk in enumerate(self.config.protection.disk):
                 known = next((d.size for info in reversed(runs) if (d := info.disk(disk.target))), None)
+                known = None if disk.target in anew else known
                 images.append(Image(index, disk.target, disk.image, disk.format, known))
         except BaseException:
             for image in images:
@@ -282,36 +289,14 @@ class Planner:
             return False
         return goes_on(self.journal, self.repository, past.runs, past.position, image.target, image.size)
 
-    def _make_base(self, image: Image, vm_uuid: str, *, first: bool) -> str:
+    def _make_base(self, image: Image, vm_uuid: str, why: str) -> str:
         if self.repository is None:
             assert self.unreachable is not None, "either there is a repository or there is the reason why not"
             raise RepositoryError(
                 f"{image.target} needs a full backup before it starts, and the repository can't be used: {self.unreachable}",
                 self.unreachable.hint,
             )
-        why = "it has none yet" if first else "no base equals it as it is now"
-        self.say(f"{image.target}: making a base (full backup) before the start, because {why}")
+        self.say(f"{image.target}: making a base (full backup): {why}")
         manifest = back_up(self.paths, self.repository, image, vm_uuid, self.progress)
         self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)
         return manifest.id
-
-
-def backup(planner: Planner, targets: list[str] | None) -> dict[str, str]:
-    """``vmrewind backup``: a base of every named disk of a stopped VM, whether one is needed or not; {target: base id}."""
-    if planner.repository is None:
-        assert planner.unreachable is not None, "either there is a repository or there is the reason why not"
-        raise planner.unreachable
-    planner.refuse_pending_restore()
-    vm_uuid = planner.vm_uuid()
-    planner.repository.register(vm_uuid)
-    recover(planner.journal, planner.say)
-    images = planner.open_images()
-    made: dict[str, str] = {}
-    try:
-        for image in images:
-            if targets is None or image.target in targets:
-                made[image.target] = back_up(planner.paths, planner.repository, image, vm_uuid, planner.progress).id
-    finally:
-        for image in images:
-            image.close()
-    return made

@@ -71,10 +71,9 @@ class Keeping:
 
 
 def running(paths: VmPaths) -> Keeping | None:
-    """The VM's processes if it is running under protection: a keeper or a capture is alive."""
+    """The VM's processes if it is running under protection: a keeper, a capture or its QEMU is alive."""
     keeping = Keeping.read(paths)
     if keeping is None:
         return None
-    if keeping.keeper.alive or (keeping.capture is not None and keeping.capture.alive):
-        return keeping
-    return None
+    alive = (keeping.keeper, keeping.capture, keeping.qemu)
+    return keeping if any(process is not None and process.alive for process in alive) else None

@@ -18,6 +18,7 @@ RECONNECT_SECONDS: Final = 86_400
 """How long QEMU keeps a request for a capture that is away. The keeper brings one back within a second; the time is long so
 that a guest waits rather than sees an error if the keeper itself is gone and somebody has to look."""
 _QMP_SECONDS: Final = 30
+_QUIT_SECONDS: Final = 10
 _STOPPABLE: Final = ("virtio-blk", "scsi-hd", "ide-hd", "usb-storage")
 
 
@@ -107,9 +108,16 @@ class Qemu:
                 process.kill()
             code = await ended
             raise StartError(f"QEMU ended before its CPU was started (exit code {code})", "its own message is above")
-        ended.cancel()
-        await accepted
         monitor_path.unlink(missing_ok=True)
+        try:
+            await accepted
+        except (QMPError, ConnectionError, EOFError) as error:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            raise StartError(
+                f"QEMU ended before its CPU was started (exit code {await ended})", "its own message is above"
+            ) from error
+        ended.cancel()
         return cls(process, monitor)
 
     @property
@@ -139,10 +147,11 @@ class Qemu:
         await self._execute("system_powerdown")
 
     async def quit(self) -> None:
-        """End QEMU, guest or no guest."""
-        await self._execute("quit")
+        """End QEMU, guest or no guest, whether it answers or not."""
         try:
-            await asyncio.wait_for(self._process.wait(), 10)
+            async with asyncio.timeout(_QUIT_SECONDS):
+                await self._execute("quit")
+                await self._process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()

@@ -14,6 +14,7 @@ import time
 from asyncio.subprocess import DEVNULL, Process
 from typing import Final
 
+from vmrewind.capture.image import Image
 from vmrewind.errors import StartError
 from vmrewind.journal.runs import private
 from vmrewind.paths import VmPaths
@@ -33,6 +34,9 @@ class UnprotectedServer:
         """Serve every disk of the configuration; raises StartError if that fails too."""
         paths.runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
         paths.nbd_socket.unlink(missing_ok=True)
+        for index, disk in enumerate(config.protection.disk):
+            # Opening it extends a qcow2 file: an NBD export cannot grow. It also tells at once if somebody else has the image.
+            Image(index, disk.target, disk.image, disk.format).close()
         command = ["qemu-storage-daemon"]
         for disk in config.protection.disk:
             try:

@@ -12,8 +12,9 @@ from vmrewind.paths import VmPaths
 def read_wanted(paths: VmPaths) -> list[str]:
     """The disks that ship carries, by target; empty when it is idle."""
     try:
-        return list(json.loads(paths.ship.read_bytes())["disks"])
-    except FileNotFoundError:
+        return [str(target) for target in json.loads(paths.ship.read_bytes())["disks"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        # Damaged: ship takes it for nothing as well, and the next start writes it anew.
         return []
 
 
