@@ -62,6 +62,12 @@ class CorruptionError(VmrewindError):
     exit_code = 7
     kind = "corruption"
 
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(
+            message,
+            hint or "put it back from another copy, if there is one; vmrewind timeline tells what can be restored without it",
+        )
+
 
 class VmStateError(VmrewindError):
     """The command needs the VM running, or stopped, and it is not; or the VM is unknown here."""

@@ -116,6 +116,7 @@ def test_a_damaged_payload_is_named_and_had_from_the_repository_if_it_is_there(m
             view.read(0, view.size)
         assert str(path) in str(caught.value)
         assert f"record {seq}" in str(caught.value)
+        assert "another copy" in caught.value.hint
         with pytest.raises(CorruptionError):
             list(view.data())
         after = View.open(history, "vda", last)
