@@ -185,16 +185,22 @@ def test_what_was_recycled_before_the_start_is_a_hole(tmp_path: Path) -> None:
     assert seqs == [record.seq for record in written.truth if record.seq >= first]
 
 
-def test_what_is_recycled_under_a_released_cursor_is_a_hole_and_under_a_reading_one_stays(tmp_path: Path) -> None:
+def test_what_is_recycled_under_a_released_cursor_is_a_hole_and_a_reading_one_keeps_its_segment(tmp_path: Path) -> None:
     written = WrittenJournal(tmp_path / "journal", size=16 * MIB)
+    for _ in range(3):
+        written.batch([(fmt.Op.WRITE, 0, b"small")])
     fill(written, 2)
+    kept = batches_of(segment_files(written.journal)[1].path)[0][2] - 1
     reading, released = cursor_of(written), cursor_of(written)
     for cursor in (reading, released):
         assert isinstance(cursor.read(), Piece)
     released.release()
     fill(written, 12)
+    first = batches_of(segment_files(written.journal)[0].path)[0][2]
     seqs, holes = read_all(reading)
-    assert (seqs, holes) == (list(range(2, written.writer.next_seq)), [])
+    assert kept >= 3
+    assert seqs == [*range(2, kept + 1), *range(first, written.writer.next_seq)]
+    assert [(hole.first, hole.last) for hole in holes] == [(kept + 1, first - 1)]
     reading.release()
     fill(written, 30)
     first = batches_of(segment_files(written.journal)[0].path)[0][2]

@@ -40,7 +40,7 @@ class Cursor:
     """A place in a run's journal; ``next_seq`` is the first seq that was not returned yet.
 
     ``growing``: the run is the newest, its end is not final. Without ``payloads`` only headers and tables are read.
-    A shared lock is held on the segment being read until ``release``, which keeps the place.
+    The segment being read is kept, by a shared lock, until ``release``, which keeps the place; those behind it may be recycled.
     """
 
     def __init__(self, journal: Path, run: int, seq: int, *, growing: bool, payloads: bool = True) -> None:
