@@ -83,10 +83,8 @@ def show(result: Result, console: Console) -> None:
     if result.assign_seconds:
         starts = result.assign_seconds
         console.print(f"\nvmrewind, begin of the start to disks served: {median(starts):.2f} s of the start given above.")
-        console.print(
-            f"vmrewind held writes {len(result.holds)} times, {sum(result.holds):.2f} s in all, because the disk did not take "
-            "the image's writes as fast as they came."
-        )
+        held = f"{len(result.holds)} times, {sum(result.holds):.2f} s in all" if result.holds else "never"
+        console.print(f"vmrewind held writes because the disk did not take the image's as fast as they came: {held}.")
 
 
 def _peers_of(result: Result, workloads: list[Workload]) -> list[str]:
