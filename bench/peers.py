@@ -22,6 +22,8 @@ START_SECONDS_MAX: Final = 60
 STOP_SECONDS_MAX: Final = 120
 _RANDOM_BYTES: Final = 16 << 20
 _PIECE: Final = 4 << 10
+_GREETING: Final = b"NBDMAGIC"
+"""What every NBD server says first."""
 
 
 class BenchError(Exception):
@@ -82,7 +84,7 @@ class Peer:
 
 
 class Server(Peer):
-    """A peer that is a process with a socket. ``start_seconds`` is the time from its creation until it can be connected to."""
+    """A peer that is a process with a socket. ``start_seconds`` is the time from its creation until it serves."""
 
     serves_nbd = True
     start_seconds = 0.0
@@ -134,11 +136,16 @@ class Server(Peer):
         return dict(os.environ)
 
     def wait_until_serving(self, deadline: float) -> None:
-        """Return when the server can be connected to; raises BenchError if it ends or ``deadline`` (monotonic) passes."""
+        """Return when the server greets who connects; raises BenchError if it ends or ``deadline`` (monotonic) passes.
+
+        Connecting alone would not do: qemu-nbd listens before its loop runs, and a SIGTERM that comes between is lost.
+        """
         while True:
             with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
                 sock.connect(str(self.socket))
-                return
+                if sock.recv(len(_GREETING)) == _GREETING:
+                    return
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.001)
                 raise self.failure("ended before it served")
