@@ -18,7 +18,7 @@ def rows() -> list[list[str]]:
     return [row for row in cells if row[0] != "fault" and set(row[0]) - {"-"}]
 
 
-def tests_of(path: Path) -> set[str]:
+def names_of_tests(path: Path) -> set[str]:
     """The names of the tests that pytest finds in a file."""
     tree = ast.parse(path.read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
@@ -35,6 +35,6 @@ def test_each_test_that_is_named_exists() -> None:
         f"{path}::{name}"
         for row in rows()
         for path, name in NAMED.findall(row[2])
-        if not (REPOSITORY / "tests" / path).is_file() or name not in tests_of(REPOSITORY / "tests" / path)
+        if not (REPOSITORY / "tests" / path).is_file() or name not in names_of_tests(REPOSITORY / "tests" / path)
     ]
     assert missing == []
