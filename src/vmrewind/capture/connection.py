@@ -22,7 +22,8 @@ from vmrewind.journal.pool import JournalFull
 from vmrewind.nbd import protocol as nbd
 
 if TYPE_CHECKING:
-    from vmrewind.capture.server import Disk, Server
+    from vmrewind.capture.disk import Disk
+    from vmrewind.capture.server import Server
 
 WINDOW: Final = (256 << 10) + (8 << 10)
 """Receive buffer, bytes: one 256 KiB write with its header fits, and it stays in the processor's cache. Larger requests get a

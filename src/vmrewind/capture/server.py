@@ -1,7 +1,8 @@
 """The capture process's loop: one thread, one epoll, all disks of one VM.
 
-It owns the journal writer and accepts NBD clients on one socket (an export per disk) and instructions on another. Everything
-that waits for stable storage is in durability.py; everything that a request costs is in connection.py.
+It owns the journal writer and accepts NBD clients on one socket (an export per disk) and instructions on another. Handshakes are in
+greeting.py, instructions in instructions.py, everything that waits for stable storage in durability.py, everything that a request
+costs in connection.py.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from vmrewind.capture.connection import Connection
 from vmrewind.capture.control import ControlClient
+from vmrewind.capture.disk import Disk, export_of
 from vmrewind.capture.durability import CHECKPOINT_SECONDS, Durability
+from vmrewind.capture.greeting import Greeter
 from vmrewind.capture.image import Image
+from vmrewind.capture.instructions import instruct
 from vmrewind.capture.policy import FullPolicy
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
@@ -31,83 +35,12 @@ from vmrewind.journal.pool import JournalFull, SegmentPool
 from vmrewind.journal.runs import Head, Position, write_durably
 from vmrewind.journal.state import StatePage
 from vmrewind.journal.writer import JournalWriter
-from vmrewind.nbd import protocol as nbd
-from vmrewind.nbd.negotiation import ExportInfo, Handshake, ProtocolError
+from vmrewind.nbd.negotiation import Handshake
 
 _TICK_SECONDS: Final = 1.0
 _HOLD_RETRY_SECONDS: Final = 0.05
 _CLIENTS_MAX: Final = 256
 """Most connections at a time, handshakes included: more are hung up on, so that memory stays bounded."""
-_HANDSHAKE_SECONDS_MAX: Final = 10
-RESYNC_RANGES_MAX: Final = 1024
-RESYNC_BYTES_MAX: Final = 4 << 20
-"""Most that one resync instruction may ask for: the guest's requests wait meanwhile."""
-_SEND_BUFFER: Final = 4 << 20
-
-
-@dataclass(slots=True)
-class Disk:
-    """A protected disk and who is connected to it."""
-
-    image: Image
-    export: ExportInfo
-    connections: set[Connection] = field(default_factory=set)
-
-    @property
-    def index(self) -> int:
-        """The disk's number in records."""
-        return self.image.index
-
-    @property
-    def size(self) -> int:
-        """The export's size, bytes."""
-        return self.image.size
-
-    @property
-    def target(self) -> str:
-        """The disk's name, which is also the export's."""
-        return self.image.target
-
-
-def _are_ranges(value: Any, size: int) -> bool:
-    """Whether ``value`` is a list of [offset, length] within a disk of ``size`` bytes, not more than a loop's turn should take."""
-    if not isinstance(value, list) or len(value) > RESYNC_RANGES_MAX:
-        return False
-    total = 0
-    for pair in value:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)):
-            return False
-        offset, length = pair
-        if offset < 0 or length <= 0 or offset + length > size:
-            return False
-        total += length
-    return total <= RESYNC_BYTES_MAX
-
-
-def export_of(image: Image) -> ExportInfo:
-    """What clients are told of a disk."""
-    flags = (
-        nbd.FLAG_HAS_FLAGS
-        | nbd.FLAG_SEND_FLUSH
-        | nbd.FLAG_SEND_FUA
-        | nbd.FLAG_SEND_TRIM
-        | nbd.FLAG_SEND_WRITE_ZEROES
-        | nbd.FLAG_SEND_DF
-        | nbd.FLAG_SEND_CACHE
-        # A flush on any connection covers all: one thread, one journal, one page cache.
-        | nbd.FLAG_CAN_MULTI_CONN
-        | (nbd.FLAG_SEND_FAST_ZERO if image.fast_zero else 0)
-    )
-    return ExportInfo(image.target, image.size, flags, 1, 4096, nbd.REQUEST_LENGTH_MAX)
-
-
-class _Greeting:
-    """A client that is still in its handshake."""
-
-    def __init__(self, sock: socket.socket, handshake: Handshake, deadline_ns: int) -> None:
-        self.sock = sock
-        self.handshake = handshake
-        self.deadline_ns = deadline_ns
 
 
 @dataclass(slots=True)
@@ -149,7 +82,7 @@ class Server:
         self._posted: deque[Callable[[], None]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._register(self._wakeup, self._run_posted)
-        self._greetings: dict[int, _Greeting] = {}
+        self._greeter = Greeter(self, {target: disk.export for target, disk in self.disks.items()})
         self._controls: set[ControlClient] = set()
         self._listeners: list[socket.socket] = []
         self._held: list[Connection] = []
@@ -211,9 +144,7 @@ class Server:
         self._declare_dropped()
         if self.refused:
             self.settle()
-        now = time.monotonic_ns()
-        for greeting in [g for g in self._greetings.values() if g.deadline_ns < now]:
-            self._drop_greeting(greeting)
+        self._greeter.drop_overdue()
 
     def _declare_dropped(self) -> None:
         for dropped in self.writer.dropped:
@@ -248,7 +179,7 @@ class Server:
 
     @property
     def _clients(self) -> int:
-        return len(self._greetings) + len(self._controls) + sum(len(d.connections) for d in self.disks.values())
+        return len(self._greeter) + len(self._controls) + sum(len(d.connections) for d in self.disks.values())
 
     def _accept_any(self, listener: socket.socket) -> socket.socket | None:
         try:
@@ -262,56 +193,34 @@ class Server:
         return sock
 
     def _accept(self, listener: socket.socket) -> None:
+        if (sock := self._accept_any(listener)) is not None:
+            self._greeter.greet(sock)
+
+    def _accept_control(self, listener: socket.socket) -> None:
         if (sock := self._accept_any(listener)) is None:
             return
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        handshake = Handshake({target: disk.export for target, disk in self.disks.items()})
-        greeting = _Greeting(sock, handshake, time.monotonic_ns() + _HANDSHAKE_SECONDS_MAX * 10**9)
+        client = ControlClient(sock, lambda request, answer: instruct(self, request, answer))
+        self._controls.add(client)
         fd = sock.fileno()
-        self._greetings[fd] = greeting
-        self._register(fd, lambda _: self._greet(greeting))
-        self._answer(greeting, handshake.greeting)
 
-    def _answer(self, greeting: _Greeting, data: bytes) -> bool:
-        try:
-            # The replies of a handshake fit any socket buffer unless the client does not read: then it is no client.
-            if greeting.sock.send(data) == len(data):
-                return True
-        except OSError:
-            pass
-        self._drop_greeting(greeting)
-        return False
+        def ready(_: int) -> None:
+            if not client.readable():
+                self._unregister(fd)
+                self._controls.discard(client)
+                client.close()
 
-    def _drop_greeting(self, greeting: _Greeting) -> None:
-        fd = greeting.sock.fileno()
-        self._unregister(fd)
-        self._greetings.pop(fd, None)
-        greeting.sock.close()
+        self._register(fd, ready)
 
-    def _greet(self, greeting: _Greeting) -> None:
-        handshake = greeting.handshake
-        answer = b""
-        try:
-            received = greeting.sock.recv(65536)
-            answer = handshake.feed(received)
-        except BlockingIOError:
-            return
-        except (OSError, ProtocolError):
-            received = b""
-        if not received:
-            self._drop_greeting(greeting)
-            return
-        if answer and not self._answer(greeting, answer):
-            return
-        if handshake.closed:
-            self._drop_greeting(greeting)
-        elif handshake.chosen is not None:
-            self._begin_transmission(greeting)
+    def watch(self, sock: socket.socket) -> None:
+        """A handshake begins."""
+        self._register(sock.fileno(), lambda _: self._greeter.readable(sock))
 
-    def _begin_transmission(self, greeting: _Greeting) -> None:
-        handshake = greeting.handshake
+    def unwatch(self, sock: socket.socket) -> None:
+        """A handshake is over."""
+        self._unregister(sock.fileno())
+
+    def begin_transmission(self, sock: socket.socket, handshake: Handshake) -> None:
+        """A client has chosen its export."""
         assert handshake.chosen is not None, "the handshake is done"
         disk = self.disks[handshake.chosen.name]
         # A client that comes back has given its old connection up: what is still unread there it will send again here,
@@ -319,12 +228,9 @@ class Server:
         for old in list(disk.connections):
             if old.hung_up():
                 old.close()
-        fd = greeting.sock.fileno()
-        self._unregister(fd)
-        del self._greetings[fd]
-        connection = Connection(self, greeting.sock, disk, structured=handshake.structured, block_status=handshake.block_status)
+        connection = Connection(self, sock, disk, structured=handshake.structured, block_status=handshake.block_status)
         disk.connections.add(connection)
-        self._register(fd, lambda events: self._ready(connection, events))
+        self._register(sock.fileno(), lambda events: self._ready(connection, events))
         if handshake.buffer:
             connection.preload(handshake.buffer)
             connection.resume()
@@ -355,6 +261,11 @@ class Server:
             self._held.remove(connection)
 
     # -- a journal that can't take more
+
+    @property
+    def holding(self) -> bool:
+        """Whether a client's requests wait for room in the journal."""
+        return bool(self._held)
 
     def hold(self, connection: Connection, reason: str) -> None:
         """The journal has no room for this client's batch: serve nothing of it until it has."""
@@ -408,7 +319,7 @@ class Server:
                     refused.seqs = []
                 while refused.ranges:
                     # A write that failed may have done a part of its work.
-                    self._journal_as_is(refused.disk, *refused.ranges[-1])
+                    self.journal_as_is(refused.disk, *refused.ranges[-1])
                     refused.ranges.pop()
                 self.refused.remove(refused)
         except JournalFull:
@@ -416,7 +327,7 @@ class Server:
         self.state.set_applied(self.writer.next_batch - 1)
         return True
 
-    def _journal_as_is(self, disk: Disk, offset: int, length: int) -> bool:
+    def journal_as_is(self, disk: Disk, offset: int, length: int) -> bool:
         """Journal a range as the image holds it; False if the image cannot be read there. Raises JournalFull."""
         try:
             for extent, is_data in disk.image.allocation(offset, length):
@@ -429,106 +340,6 @@ class Server:
             self.events.write("image.read-failed", disk=disk.target, offset=offset, error=str(error))
             return False
         return True
-
-    # -- instructions
-
-    def _accept_control(self, listener: socket.socket) -> None:
-        if (sock := self._accept_any(listener)) is None:
-            return
-        client = ControlClient(sock, self.instruct)
-        self._controls.add(client)
-        fd = sock.fileno()
-
-        def ready(_: int) -> None:
-            if not client.readable():
-                self._unregister(fd)
-                self._controls.discard(client)
-                client.close()
-
-        self._register(fd, ready)
-
-    def instruct(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-        """Carry out one instruction of the control socket and answer it."""
-        match request.get("command"):
-            case "status":
-                answer({"ok": True, **self.status()})
-            case "mark":
-                self._mark(request, answer)
-            case "resync":
-                self._resync(request, answer)
-            case command:
-                answer({"ok": False, "kind": "usage", "message": f"capture knows no instruction {command!r:.100}"})
-
-    def _resync(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-        """Journal ranges of a disk anew as the image holds them now, and if asked, declare its history level with its image.
-
-        Carried out between two batches, so what is journaled is what the image holds at that place in the order of writes.
-        """
-        disk = self.disks.get(str(request.get("disk")))
-        ranges = request.get("ranges", [])
-        if request.get("run") != fmt.run_name(self.writer.run):
-            # A resync that outlived its run compares with the wrong history: it must not close a gap of this one.
-            answer({"ok": False, "kind": "usage", "message": "this capture serves another run"})
-            return
-        if disk is None or not _are_ranges(ranges, disk.size):
-            answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})
-            return
-        try:
-            if self.refused and not self.settle():
-                raise JournalFull("it has no room for what an image has refused")
-            for offset, length in ranges:
-                if not self._journal_as_is(disk, offset, length):
-                    answer({"ok": False, "kind": "image", "message": f"{disk.image.path}: cannot be read at {offset}"})
-                    return
-            if request.get("close"):
-                self.writer.event(fmt.Event.GAP_END, {"resynced": disk.target}, disk.index)
-        except JournalFull as full:
-            answer({"ok": False, "kind": "space", "message": f"the journal has no room: {full}"})
-            return
-        self.state.set_applied(self.writer.next_batch - 1)
-        answer({"ok": True, "seq": self.writer.next_seq - 1})
-
-    def _mark(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-        name = request.get("name")
-        if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
-            message = "a bookmark's name is 1 to 200 printable characters, without white space at its ends"
-            answer({"ok": False, "kind": "usage", "message": message})
-            return
-        seq = self.record_event(fmt.Event.BOOKMARK, {"name": name})
-        if seq is None:
-            answer({"ok": False, "kind": "space", "message": "the journal has no room for a bookmark now"})
-            return
-        run, time_ns = fmt.run_name(self.writer.run), self.writer.last_time_ns
-
-        class Marked:
-            def flushed(self, _: int, error: int) -> None:
-                if error:
-                    answer({"ok": False, "kind": "failed", "message": f"not on stable storage: {os.strerror(error)}"})
-                else:
-                    answer({"ok": True, "run": run, "seq": seq, "time_ns": time_ns})
-
-        self.durability.flush(Marked(), 0)
-
-    def status(self) -> dict[str, Any]:
-        """What ``vmrewind status`` asks for."""
-        return {
-            "pid": os.getpid(),
-            "run": fmt.run_name(self.writer.run),
-            "seq": self.writer.next_seq - 1,
-            "time_ns": self.writer.last_time_ns,
-            "batch": self.writer.next_batch - 1,
-            "batch_checkpointed": self.state.checkpoint,
-            "journal_full": bool(self._held),
-            "disks": {
-                target: {
-                    "image": disk.image.path,
-                    "size": disk.size,
-                    "format": disk.image.format,
-                    "clients": len(disk.connections),
-                }
-                for target, disk in self.disks.items()
-            },
-        }
 
     # -- the end
 

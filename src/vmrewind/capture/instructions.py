@@ -1,0 +1,120 @@
+"""What the control socket can ask of capture: status, mark, resync."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from vmrewind.capture.control import Answer
+from vmrewind.journal import format as fmt
+from vmrewind.journal.pool import JournalFull
+
+if TYPE_CHECKING:
+    from vmrewind.capture.server import Server
+
+RESYNC_RANGES_MAX: Final = 1024
+RESYNC_BYTES_MAX: Final = 4 << 20
+"""Most that one resync instruction may ask for: the guest's requests wait meanwhile."""
+
+
+def instruct(server: Server, request: dict[str, Any], answer: Answer) -> None:
+    """Carry out one instruction of the control socket and answer it."""
+    match request.get("command"):
+        case "status":
+            answer({"ok": True, **status(server)})
+        case "mark":
+            _mark(server, request, answer)
+        case "resync":
+            _resync(server, request, answer)
+        case command:
+            answer({"ok": False, "kind": "usage", "message": f"capture knows no instruction {command!r:.100}"})
+
+
+def status(server: Server) -> dict[str, Any]:
+    """What ``vmrewind status`` asks for."""
+    writer = server.writer
+    return {
+        "pid": os.getpid(),
+        "run": fmt.run_name(writer.run),
+        "seq": writer.next_seq - 1,
+        "time_ns": writer.last_time_ns,
+        "batch": writer.next_batch - 1,
+        "batch_checkpointed": server.state.checkpoint,
+        "journal_full": server.holding,
+        "disks": {
+            target: {
+                "image": disk.image.path,
+                "size": disk.size,
+                "format": disk.image.format,
+                "clients": len(disk.connections),
+            }
+            for target, disk in server.disks.items()
+        },
+    }
+
+
+def _mark(server: Server, request: dict[str, Any], answer: Answer) -> None:
+    name = request.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
+        message = "a bookmark's name is 1 to 200 printable characters, without white space at its ends"
+        answer({"ok": False, "kind": "usage", "message": message})
+        return
+    seq = server.record_event(fmt.Event.BOOKMARK, {"name": name})
+    if seq is None:
+        answer({"ok": False, "kind": "space", "message": "the journal has no room for a bookmark now"})
+        return
+    run, time_ns = fmt.run_name(server.writer.run), server.writer.last_time_ns
+
+    class Marked:
+        def flushed(self, _: int, error: int) -> None:
+            if error:
+                answer({"ok": False, "kind": "failed", "message": f"not on stable storage: {os.strerror(error)}"})
+            else:
+                answer({"ok": True, "run": run, "seq": seq, "time_ns": time_ns})
+
+    server.durability.flush(Marked(), 0)
+
+
+def _resync(server: Server, request: dict[str, Any], answer: Answer) -> None:
+    """Journal ranges of a disk anew as the image holds them now, and if asked, declare its history level with its image.
+
+    Carried out between two batches, so what is journaled is what the image holds at that place in the order of writes.
+    """
+    disk = server.disks.get(str(request.get("disk")))
+    ranges = request.get("ranges", [])
+    if request.get("run") != fmt.run_name(server.writer.run):
+        # A resync that outlived its run compares with the wrong history: it must not close a gap of this one.
+        answer({"ok": False, "kind": "usage", "message": "this capture serves another run"})
+        return
+    if disk is None or not _are_ranges(ranges, disk.size):
+        answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})
+        return
+    try:
+        if server.refused and not server.settle():
+            raise JournalFull("it has no room for what an image has refused")
+        for offset, length in ranges:
+            if not server.journal_as_is(disk, offset, length):
+                answer({"ok": False, "kind": "image", "message": f"{disk.image.path}: cannot be read at {offset}"})
+                return
+        if request.get("close"):
+            server.writer.event(fmt.Event.GAP_END, {"resynced": disk.target}, disk.index)
+    except JournalFull as full:
+        answer({"ok": False, "kind": "space", "message": f"the journal has no room: {full}"})
+        return
+    server.state.set_applied(server.writer.next_batch - 1)
+    answer({"ok": True, "seq": server.writer.next_seq - 1})
+
+
+def _are_ranges(value: Any, size: int) -> bool:
+    """Whether ``value`` is a list of [offset, length] within a disk of ``size`` bytes, not more than a loop's turn should take."""
+    if not isinstance(value, list) or len(value) > RESYNC_RANGES_MAX:
+        return False
+    total = 0
+    for pair in value:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair)):
+            return False
+        offset, length = pair
+        if offset < 0 or length <= 0 or offset + length > size:
+            return False
+        total += length
+    return total <= RESYNC_BYTES_MAX
