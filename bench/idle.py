@@ -74,9 +74,9 @@ def sample(pids: Sequence[int]) -> Sample:
         memory = Path(f"/proc/{pid}/smaps_rollup").read_text()
         rss += _kib(memory, "Rss") << 10
         pss += _kib(memory, "Pss") << 10
-        descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-        for task in os.listdir(f"/proc/{pid}/task"):
-            text = Path(f"/proc/{pid}/task/{task}/status").read_text()
+        descriptors += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            text = (task / "status").read_text()
             wakeups += int(re.findall(r"^voluntary_ctxt_switches:\s+(\d+)$", text, re.MULTILINE)[0])
     return Sample(cpu_seconds(pids), wakeups, rss, pss, descriptors)
 
@@ -106,9 +106,7 @@ def _guest(directory: Path) -> ProtectedVm:
     place = directory / "idle0"
     place.mkdir()
     guest = linux()
-    command = qemu_command(
-        place / "serial", guest.kernel, writer_initramfs(), append(count=0, pause_ms=1_000_000), memory_mib=128
-    )
+    command = qemu_command(place / "serial", guest.kernel, writer_initramfs(), append(count=0, pause_ms=1_000_000), memory_mib=128)
     return _protected(place, "idle0", command, Disk("vda", ext4_image(place / "vda.raw", GUEST_BYTES)))
 
 

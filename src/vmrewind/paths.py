@@ -1,7 +1,8 @@
 """Where things live on a host. Standard library only: the capture process imports this.
 
 ``VMREWIND_STATE_DIR`` (default ``/var/lib/vmrewind``, or ``$XDG_STATE_HOME/vmrewind`` without root) outlives reboots;
-``VMREWIND_RUNTIME_DIR`` (default ``/run/vmrewind``, or ``$XDG_RUNTIME_DIR/vmrewind``) holds sockets and pid files.
+``VMREWIND_RUNTIME_DIR`` (default ``/run/vmrewind``, or ``$XDG_RUNTIME_DIR/vmrewind``, or ``/tmp/vmrewind-UID``)
+holds sockets and pid files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def runtime_root() -> Path:
         return Path(given).absolute()
     if os.geteuid() == 0:
         return Path("/run/vmrewind")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/vmrewind-{os.geteuid()}") / "vmrewind"
+    if given := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(given) / "vmrewind"
+    return Path(f"/tmp/vmrewind-{os.geteuid()}")
 
 
 @dataclass(frozen=True, slots=True)

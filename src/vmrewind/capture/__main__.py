@@ -27,6 +27,7 @@ from vmrewind.errors import ConfigError, CorruptionError, ImageError, VmrewindEr
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.events import EventLog
+from vmrewind.journal.owned import require_own
 from vmrewind.journal.pool import SegmentPool
 from vmrewind.journal.runs import ImageIdentity, private_directory, sync_directory
 from vmrewind.journal.state import StatePage
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--journal-size", type=int, required=True)
     arguments = parser.parse_args()
+    os.umask(0o077)
     try:
         lock = lock_journal(arguments.journal)
         pool = SegmentPool(arguments.journal, arguments.journal_size)
@@ -73,6 +75,7 @@ def lock_journal(journal: Path) -> int:
 
     try:
         private_directory(journal)
+        require_own(journal)
         fd = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise ConfigError(f"{journal}: not usable as a journal: {error.strerror}", "set journal to a directory") from error

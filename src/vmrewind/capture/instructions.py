@@ -15,18 +15,30 @@ if TYPE_CHECKING:
 RESYNC_RANGES_MAX: Final = 1024
 RESYNC_BYTES_MAX: Final = 4 << 20
 """Most that one resync instruction may ask for: the guest's requests wait meanwhile."""
+_KEYS: Final = {
+    "status": {"command"},
+    "mark": {"command", "name"},
+    "resync": {"command", "run", "disk", "ranges", "close"},
+}
 
 
 def instruct(server: Server, request: dict[str, Any], answer: Answer) -> None:
     """Carry out one instruction of the control socket and answer it."""
-    match request.get("command"):
+    command = request.get("command")
+    known = _KEYS.get(command) if isinstance(command, str) else None
+    if known is not None and (unknown := request.keys() - known):
+        # An instruction of a newer version means something by it.
+        message = f"{command} has no {', '.join(sorted(unknown))!r:.100}"
+        answer({"ok": False, "kind": "usage", "message": message})
+        return
+    match command:
         case "status":
             answer({"ok": True, **status(server)})
         case "mark":
             _mark(server, request, answer)
         case "resync":
             _resync(server, request, answer)
-        case command:
+        case _:
             answer({"ok": False, "kind": "usage", "message": f"capture knows no instruction {command!r:.100}"})
 
 
@@ -86,7 +98,7 @@ def _resync(server: Server, request: dict[str, Any], answer: Answer) -> None:
         # A resync that outlived its run compares with the wrong history: it must not close a gap of this one.
         answer({"ok": False, "kind": "usage", "message": "this capture serves another run"})
         return
-    if disk is None or not _are_ranges(ranges, disk.size):
+    if disk is None or not _are_ranges(ranges, disk.size) or not isinstance(request.get("close", False), bool):
         answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})
         return
     try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json as json_module
+import re
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vmrewind.errors import MomentError
+from vmrewind.errors import MomentError, UsageError
 from vmrewind.start.resolve import open_vm
 
 
@@ -20,6 +21,8 @@ def events(
 ) -> None:
     """Show the event log of a run: each step of its start, restarts of its processes, what went wrong."""
     handle = open_vm(vm)
+    if run is not None and not re.fullmatch("[0-9a-f]{1,16}", run):
+        raise UsageError(f"{run!r} is not the beginning of a run's id", "an id has 16 hex digits: vmrewind timeline shows them")
     logs = sorted((handle.paths.state / "events").glob(f"{run or ''}*.jsonl"))
     if not logs:
         raise MomentError(f"{handle.name}: no run {run or ''} has an event log here", "see `vmrewind timeline` for its runs")

@@ -11,6 +11,7 @@ import cyclopts
 from rich.console import Console
 
 from vmrewind.errors import UsageError, VmrewindError
+from vmrewind.start.environment import guard_files
 
 app = cyclopts.App(
     name="vmrewind",
@@ -43,6 +44,7 @@ app.command(journal_app)
 
 def main() -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 bad usage, others as vmrewind.errors gives them."""
+    guard_files()
     arguments = sys.argv[1:]
     try:
         result = app(arguments, exit_on_error=False, print_error=False)

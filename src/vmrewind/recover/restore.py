@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -89,10 +90,15 @@ def _temporary(path: Path) -> Iterator[tuple[Path, int]]:
     """A file beside ``path`` to write to, removed unless it was renamed. What a killed restore left is taken over."""
     temporary = path.with_name(f".{path.name}.restoring")
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ImageError(f"{path}: cannot be written: {error.strerror}", "name another --output") from error
     try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid() or found.st_nlink != 1 or not stat.S_ISREG(found.st_mode):
+            # In a directory that others may write to, somebody has put it there to get at the disk, or at another file of ours.
+            raise ImageError(f"{temporary}: was put there by somebody else", "name another --output, a directory of your own")
+        os.fchmod(fd, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -12,6 +12,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from vmrewind.errors import CorruptionError, RepositoryError
+from vmrewind.repository.url import CREDENTIALS_HINT, holds_credentials, redacted
 
 
 class AlreadyExists(Exception):
@@ -56,6 +57,8 @@ def open_store(url: str, *, create: bool = False) -> Store:
     """The store that ``url`` names: a directory's path or file:// URL. Only with ``create`` is a missing directory made."""
     from vmrewind.repository.directory import DirectoryStore
 
+    if holds_credentials(url):
+        raise RepositoryError(f"{redacted(url)}: the URL holds credentials, which anybody could read in it", CREDENTIALS_HINT)
     scheme, separator, _ = url.partition("://")
     if not separator:
         if not url:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vmrewind.journal.runs import private
+
 INTERVAL_SECONDS: Final = 1.0
 """Least time between two reports."""
 
@@ -43,6 +45,8 @@ def status(runtime: Path) -> ShipStatus | None:
     try:
         plain: dict[str, Any] = json.loads(status_path(runtime).read_bytes())
         found = ShipStatus(**plain | {"disks": tuple(plain["disks"])})
+        if type(found.pid) is not int or found.pid <= 0:
+            return None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     try:
@@ -74,7 +78,8 @@ class Reporter:
             return
         temporary = self._path.with_name(f".{self._path.name}.{now.pid}.tmp")
         try:
-            temporary.write_text(json.dumps(asdict(now)) + "\n")
+            with open(temporary, "w", opener=private) as file:
+                file.write(json.dumps(asdict(now)) + "\n")
             temporary.replace(self._path)
         except OSError:
             return

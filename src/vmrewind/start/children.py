@@ -18,6 +18,7 @@ from vmrewind.errors import ConfigError, StartError, by_kind
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import private, private_directory
 from vmrewind.paths import VmPaths
+from vmrewind.start.environment import without_credentials
 from vmrewind.start.plan import Plan
 from vmrewind.vmconfig.model import VmConfig
 
@@ -25,13 +26,14 @@ SOCKET_PATH_BYTES_MAX: Final = 107
 _BACKLOG: Final = 64
 CLEAN: Final = "exit code 0"
 # With 20 protected VMs on a host, each process's own arenas would cost more than its work.
-_ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+# The safe path keeps them from importing what lies in the directory that the VM happens to be started in.
+_ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
 
 
 def listen(path: Path, owner: tuple[int, int] | None) -> socket.socket:
     """A listening unix socket that outlives the captures that serve it. ``owner``: (uid, gid) of QEMU's user.
 
-    Connectable by its owner and group only. Raises ConfigError if the path is too long for a socket.
+    Connectable by that user, or without one by ours, and by nobody else. Raises ConfigError if the path is too long for a socket.
     """
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
         raise ConfigError(
@@ -47,7 +49,6 @@ def listen(path: Path, owner: tuple[int, int] | None) -> socket.socket:
             os.umask(mask)
         if owner is not None:
             os.chown(path, *owner)
-            path.chmod(0o660)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()
@@ -66,7 +67,9 @@ class CaptureChild:
     async def create(cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = ()) -> CaptureChild:
         """Start the process and wait until its storage space is allotted; raises what it reports."""
         command = [sys.executable, "-m", "vmrewind.capture", "--journal", str(journal), "--journal-size", str(journal_size)]
-        child = cls(await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit), paths.log)
+        environment = without_credentials(os.environ)
+        process = await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit, environment=environment)
+        child = cls(process, paths.log)
         try:
             await child._expect("allotted")
         except BaseException:
@@ -221,7 +224,15 @@ def assignment(
     }
 
 
-async def _spawn(paths: VmPaths, command: list[str], *, stdin: int, stdout: int, inherit: tuple[int, ...] = ()) -> Process:
+async def _spawn(
+    paths: VmPaths,
+    command: list[str],
+    *,
+    stdin: int,
+    stdout: int,
+    inherit: tuple[int, ...] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> Process:
     """A child in a session of its own, so that the terminal's Ctrl-C is the keeper's alone; its stderr goes to the VM's log."""
     private_directory(paths.state)
     with open(paths.log, "ab", opener=private) as log:
@@ -232,7 +243,7 @@ async def _spawn(paths: VmPaths, command: list[str], *, stdin: int, stdout: int,
             stderr=log,
             pass_fds=inherit,
             start_new_session=True,
-            env=os.environ | _ENVIRONMENT,
+            env={**environment, **_ENVIRONMENT},
         )
 
 

@@ -13,6 +13,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
 from vmrewind.start.images import make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper, Storage
+from vmrewind.start.places import make_places
 from vmrewind.start.qemu import Qemu
 from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.toml import load_toml, peek_storage
@@ -124,7 +125,7 @@ async def _unprotected(config: VmConfig, say: Callable[[str], None], stop: async
         stop = asyncio.Event()
         _watch_signals(stop)
     paths = VmPaths(config.name)
-    paths.runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
+    make_places(paths)
     qemu = await Qemu.start(config, None, paths.runtime / "monitor.sock")
     await qemu.start_cpu()
     return await _watch(qemu, config, stop, say)

@@ -18,11 +18,13 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from vmrewind.errors import StartError, VmrewindError, VmStateError, by_kind
+from vmrewind.errors import ConfigError, StartError, VmrewindError, VmStateError, by_kind
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import private, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.control import instruct
+from vmrewind.start.environment import guard_files
+from vmrewind.start.places import require_own_places
 from vmrewind.start.processes import Process, running
 
 KEEPER_MODULE: Final = "vmrewind.start.keeper"
@@ -32,11 +34,13 @@ STOP_TIMEOUT_SECONDS: Final = 300
 """Finishing a journal takes a second or two; what takes minutes hangs on a dead storage and needs an operator."""
 EXIT_TIMEOUT_SECONDS: Final = 10
 LOG_TAIL_BYTES: Final = 2000
+XML_BYTES_MAX: Final = 16 << 20
+"""libvirt's own limit for a domain's XML is 10 MB."""
 
 
 def handle(vm: str, operation: str, sub_operation: str, xml: bytes) -> None:
     """Do what the step asks for; steps that ask for nothing are passed over. Raises VmrewindError."""
-    paths = VmPaths(vm)
+    paths = _places(vm)
     match operation, sub_operation:
         case "prepare", "begin":
             prepare(paths, xml)
@@ -48,6 +52,19 @@ def handle(vm: str, operation: str, sub_operation: str, xml: bytes) -> None:
             stop_keeper(paths)
         case "migrate", "begin":
             refuse_migration(vm, xml)
+
+
+def _places(vm: str) -> VmPaths:
+    """Raises ConfigError for a name that leads elsewhere, or if another user could have put something there."""
+    from vmrewind.vmconfig.model import Invalid, check_name, config_error
+
+    try:
+        check_name("name", vm)
+    except Invalid as error:
+        raise config_error(f"domain {vm!r}", error) from None
+    paths = VmPaths(vm)
+    require_own_places(paths)
+    return paths
 
 
 def prepare(paths: VmPaths, xml: bytes) -> None:
@@ -195,9 +212,13 @@ def _tail(log: Path, start: int) -> str:
 
 def main(arguments: list[str]) -> int:
     """The hook's process: domain, operation, sub-operation and extra argument as libvirt gives them, the XML on stdin."""
+    guard_files()
     vm, operation, sub_operation = (*arguments, "", "", "")[:3]
     try:
-        handle(vm, operation, sub_operation, sys.stdin.buffer.read())
+        xml = sys.stdin.buffer.read(XML_BYTES_MAX + 1)
+        if len(xml) > XML_BYTES_MAX:
+            raise ConfigError(f"domain {vm!r}: its XML has more than {XML_BYTES_MAX} bytes", "virsh dumpxml shows what it holds")
+        handle(vm, operation, sub_operation, xml)
     except VmrewindError as error:
         # libvirt shows a failed hook's stderr to whoever started the domain
         sys.stderr.write(f"vmrewind: {error}" + (f" ({error.hint})" if error.hint else "") + "\n")

@@ -96,7 +96,9 @@ def install(libvirt_version: int) -> Installed:
         fresh = hooks_directory() / ".vmrewind.new"
         write_durably(fresh, wanted)
         fresh.chmod(0o755)
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir()
+            path.parent.chmod(0o755)
         fresh.replace(path)
         sync_directory(path.parent)
     except OSError as error:

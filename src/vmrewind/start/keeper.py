@@ -21,6 +21,7 @@ from typing import Any, Final
 from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.journal.events import EventLog
 from vmrewind.paths import VmPaths
+from vmrewind.start.environment import guard_files
 from vmrewind.start.images import make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper, Storage
 from vmrewind.start.libvirt import Libvirt, qemu_owner
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--xml", type=Path, required=True)
     parser.add_argument("--report-fd", type=int, required=True)
     arguments = parser.parse_args()
+    guard_files()
 
     def report(**fields: Any) -> None:
         with contextlib.suppress(OSError):
@@ -67,6 +69,8 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
     peeked = peek_storage(xml)
     if peeked is None:
         raise ConfigError(f"domain {domain!r} has no vmrewind protection element", "run `vmrewind protect` for it")
+    if peeked.name != domain:
+        raise ConfigError(f"domain {domain!r}: its XML is of {peeked.name!r}", "virsh dumpxml shows what libvirt has stored")
     storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
     keeper = Keeper(storage, "libvirt", qemu_owner())
     stop = asyncio.Event()

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import signal
 import socket
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
 from vmrewind.start.children import CLEAN, CaptureChild, ResyncChild, ShipChild, assignment, listen
 from vmrewind.start.control import instruct
+from vmrewind.start.places import make_places
 from vmrewind.start.plan import Plan, Planner
 from vmrewind.start.processes import Keeping, Process, running
 from vmrewind.start.wanted import write_wanted
@@ -122,7 +122,7 @@ class Keeper:
 
         ``backup``: disks that get a new base in any case.
         """
-        self.paths.runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
+        make_places(self.paths, self._owner)
         self._lock_vm()
         await clear_leftovers(self.paths)
         self.events.write("start.begin", vm=self.storage.name, run=self.run_name, mode=self.mode)
@@ -366,9 +366,7 @@ async def clear_leftovers(paths: VmPaths) -> None:
 
 async def _end(process: Process) -> None:
     """Have a process that an earlier run left behind end, and wait for it; raises StartError if it does not."""
-    if process.alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, signal.SIGTERM)
+    process.terminate()
     deadline = time.monotonic() + _LEFTOVER_SECONDS
     while process.alive:
         if time.monotonic() > deadline:

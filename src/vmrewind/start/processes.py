@@ -5,12 +5,17 @@ A pid alone may belong to somebody else by now; together with the time at which 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from vmrewind.paths import VmPaths
+from vmrewind.journal.owned import require_own
+from vmrewind.journal.runs import private
+from vmrewind.paths import VmPaths, runtime_root
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,19 @@ class Process:
         """Whether it still runs."""
         return Process.of(self.pid) == self
 
+    def terminate(self) -> None:
+        """Send SIGTERM to it, and never to another process that has its pid by now."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        try:
+            if self.alive:  # looked at now that the descriptor pins it: the pid cannot go to another process any more
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        finally:
+            os.close(descriptor)
+
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
@@ -53,21 +71,43 @@ class Keeping:
     def write(self, paths: VmPaths) -> None:
         """Replace the file; a reader sees the old or the new one. It lives in memory, so nothing is synced."""
         temporary = paths.keeper.with_name(f".keeper.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"pid": self.keeper.pid, **asdict(self)}))
+        with open(temporary, "w", opener=private) as file:
+            json.dump({"pid": self.keeper.pid, "boot": _boot(), **asdict(self)}, file)
         temporary.replace(paths.keeper)
 
     @classmethod
     def read(cls, paths: VmPaths) -> Keeping | None:
-        """What the last keeper wrote, alive or not; None if there is no file, or none that can be read."""
+        """What the last keeper wrote, alive or not; None if there is no file, or none that can be read.
+
+        Raises ConfigError if another user could have written it: it names processes that get signals.
+        """
+        require_own(paths.runtime, runtime_root())
         try:
             plain = json.loads(paths.keeper.read_bytes())
-            processes = {role: Process(**plain[role]) if plain[role] else None for role in ("keeper", "capture", "ship", "qemu")}
-            keeper = processes.pop("keeper")
-            if keeper is None:
-                return None
-            return cls(plain["run"], plain["mode"], keeper, **processes, trouble=plain.get("trouble"))
-        except (OSError, ValueError, KeyError, TypeError):
+            if plain.get("boot", _boot()) != _boot():
+                return None  # the same pid and ticks may be another process's after a reboot
+            keeper, capture, ship, qemu = (_process(plain[role]) for role in ("keeper", "capture", "ship", "qemu"))
+            run, mode, trouble = plain["run"], plain["mode"], plain.get("trouble")
+            int(run, 16)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        if keeper is None or not isinstance(mode, str) or not isinstance(trouble, str | None):
+            return None
+        return cls(run, mode, keeper, capture, ship, qemu, trouble)
+
+
+def _process(plain: Any) -> Process | None:
+    if plain is None:
+        return None
+    pid, ticks = plain["pid"], plain["started_ticks"]
+    if type(pid) is not int or type(ticks) is not int or pid <= 0:
+        raise ValueError("no process id")
+    return Process(pid, ticks)
+
+
+def _boot() -> str:
+    """This boot of the kernel: start times count from it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def running(paths: VmPaths) -> Keeping | None:

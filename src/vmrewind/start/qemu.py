@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from asyncio.subprocess import DEVNULL, Process
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from typing import Any, Final
 from qemu.qmp import ExecuteError, QMPClient, QMPError, Runstate
 
 from vmrewind.errors import ConfigError, StartError
+from vmrewind.start.environment import users_umask, without_credentials
 from vmrewind.vmconfig.model import DiskConfig, VmConfig
 
 RECONNECT_SECONDS: Final = 86_400
@@ -93,7 +95,13 @@ class Qemu:
         await monitor.start_server(str(monitor_path))
         try:
             # In a session of its own: the terminal's Ctrl-C is ours to turn into a proper shutdown.
-            process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, start_new_session=True)
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=DEVNULL,
+                start_new_session=True,
+                env=without_credentials(os.environ),
+                umask=users_umask(),
+            )
         except OSError as error:
             await monitor.disconnect()
             raise StartError(f"{command[0]}: {error.strerror}", "install QEMU, or correct qemu.command") from error

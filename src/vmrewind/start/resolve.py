@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmrewind.errors import RepositoryError, VmStateError
+from vmrewind.errors import RepositoryError, UsageError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository
-from vmrewind.vmconfig.model import VmConfig
+from vmrewind.vmconfig.model import Invalid, VmConfig, check_name
 from vmrewind.vmconfig.toml import load_toml
 
 
@@ -55,8 +55,15 @@ class VmHandle:
 
 
 def open_vm(argument: str) -> VmHandle:
-    """The VM of a TOML file's path or of a name. Raises ConfigError for a bad file, VmStateError for an unknown name."""
+    """The VM of a TOML file's path or of a name.
+
+    Raises ConfigError for a bad file, UsageError for what cannot be a name, VmStateError for an unknown one.
+    """
     if argument.endswith(".toml") or "/" in argument:
         config = load_toml(Path(argument))
         return VmHandle(config.name, config)
+    try:
+        check_name("VM", argument)
+    except Invalid as error:
+        raise UsageError(str(error), error.hint) from None
     return VmHandle(argument, VmConfig.load_saved(VmPaths(argument).config))

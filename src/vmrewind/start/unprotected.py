@@ -18,6 +18,8 @@ from vmrewind.capture.image import Image
 from vmrewind.errors import StartError
 from vmrewind.journal.runs import private
 from vmrewind.paths import VmPaths
+from vmrewind.start.environment import without_credentials
+from vmrewind.start.places import make_places
 from vmrewind.vmconfig.model import VmConfig
 
 _READY_SECONDS: Final = 20
@@ -32,7 +34,7 @@ class UnprotectedServer:
     @classmethod
     async def start(cls, config: VmConfig, paths: VmPaths, owner: tuple[int, int]) -> UnprotectedServer:
         """Serve every disk of the configuration; raises StartError if that fails too."""
-        paths.runtime.mkdir(parents=True, exist_ok=True, mode=0o755)
+        make_places(paths, owner)
         paths.nbd_socket.unlink(missing_ok=True)
         for index, disk in enumerate(config.protection.disk):
             # Opening it extends a qcow2 file: an NBD export cannot grow. It also tells at once if somebody else has the image.
@@ -53,7 +55,12 @@ class UnprotectedServer:
         try:
             with open(paths.log, "ab", opener=private) as log:
                 process = await asyncio.create_subprocess_exec(
-                    *command, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    *command,
+                    stdin=DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env=without_credentials(os.environ),
                 )
         except OSError as error:
             raise StartError(f"qemu-storage-daemon: {error.strerror}", "apt install qemu-system-common") from error
@@ -67,7 +74,6 @@ class UnprotectedServer:
                 raise StartError("qemu-storage-daemon does not serve the images either", f"what it said is in {paths.log}")
             await asyncio.sleep(0.02)
         os.chown(paths.nbd_socket, *owner)
-        paths.nbd_socket.chmod(0o660)
         return cls(process)
 
     async def stop(self) -> None:

@@ -19,6 +19,7 @@ import msgspec
 
 from vmrewind.errors import ConfigError, CorruptionError, VmStateError
 from vmrewind.journal.runs import write_durably
+from vmrewind.repository.url import CREDENTIALS_HINT, holds_credentials, redacted
 
 ImageFormat = Literal["raw", "qcow2"]
 ShipMode = Literal["auto", "on-demand"]
@@ -224,6 +225,8 @@ def check_journal_size(key: str, size_bytes: int) -> None:
 
 def check_repository(key: str, text: str) -> None:
     """This version's repositories are directories: an absolute path or ``file:///path``."""
+    if holds_credentials(text):
+        raise Invalid(key, f"{redacted(text)!r} holds credentials, which anybody could read there", CREDENTIALS_HINT)
     _check_text(key, text)
     scheme, colon, rest = text.partition(":")
     if text.startswith("/") or (scheme == "file" and rest.startswith("///")):

@@ -18,6 +18,8 @@ PROTECTION: Final = f"{{{NAMESPACE}}}protection"
 DISK: Final = f"{{{NAMESPACE}}}disk"
 ORIGINAL: Final = f"{{{NAMESPACE}}}original"
 """Holds the text of the ``<disk>`` element as it was before protection."""
+XML_BYTES_MAX: Final = 16 << 20
+"""libvirt refuses a domain's XML of more than 10 MB."""
 GOOD_XML: Final = "virsh dumpxml DOMAIN prints a good one"
 
 
@@ -27,6 +29,8 @@ class _PrologEnd(Exception):
 
 def parse_xml(xml: bytes) -> etree._Element:
     """The ``<domain>`` element. Raises ConfigError: malformed (with line and column), a DTD, another root element."""
+    if len(xml) > XML_BYTES_MAX:
+        raise ConfigError(f"the domain XML has more than {XML_BYTES_MAX} bytes", GOOD_XML)
     _refuse_doctype(xml)
     parser = etree.XMLParser(resolve_entities=False, no_network=True, huge_tree=False, load_dtd=False, strip_cdata=False)
     try:

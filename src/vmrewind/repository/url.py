@@ -1,0 +1,22 @@
+"""What a repository's URL may hold. It is seen in process lists, configurations and messages, so it may hold no secret."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_USER: Final = re.compile(r"(?<=://)[^/?#\s]*@")
+_QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
+CREDENTIALS_HINT: Final = "take them out of it, and where they have been seen already, make new ones"
+
+
+def holds_credentials(url: str) -> bool:
+    """Whether the URL has a user, a password or a query. A plain path may hold any character."""
+    return "://" in url and bool(_USER.search(url) or _QUERY.search(url))
+
+
+def redacted(url: str) -> str:
+    """The URL as it may be shown: what may be secret in it is left out."""
+    if "://" not in url:
+        return url
+    return _QUERY.sub("?…", _USER.sub("…@", url))
