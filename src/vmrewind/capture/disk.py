@@ -20,6 +20,15 @@ class Disk:
     image: Image
     export: ExportInfo
     connections: set[Connection] = field(default_factory=set)
+    length: int = -1
+    """Of the image's file, bytes, as it was last seen: less than ``size`` after somebody has cut it short."""
+    replaced: bool = False
+    """The image's path leads to another file."""
+    doubtful: bool = False
+    """Somebody else may have written to the image: it is not left as the next start's starting point."""
+
+    def __post_init__(self) -> None:
+        self.length = self.image.length()
 
     @property
     def index(self) -> int:

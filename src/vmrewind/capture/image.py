@@ -14,11 +14,11 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.locks import lock_image
 from vmrewind.errors import ImageError
+from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import DiskInfo, ImageIdentity
 
 _FALLOC_KEEP_SIZE: Final = 1
@@ -53,14 +53,6 @@ def _supports(fd: int, mode: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def image_identity(fd: int, path: str | Path) -> ImageIdentity:
-    """The identity of the open image ``fd``. A block device has no usable mtime: size and number must do."""
-    status = os.fstat(fd)
-    if stat.S_ISBLK(status.st_mode):
-        return ImageIdentity(os.path.realpath(path), device_size(fd), 0, 0, status.st_rdev)
-    return ImageIdentity(os.path.realpath(path), status.st_size, status.st_mtime_ns, status.st_ino, 0)
 
 
 def device_size(fd: int) -> int:
@@ -175,8 +167,23 @@ class Image:
         return DiskInfo(self.index, self.target, self.size, self.format, self.path, self.backing)
 
     def identity(self) -> ImageIdentity:
-        """The image's identity now."""
-        return image_identity(self.fd, self.path)
+        """The image's identity now; raises ImageError if the device cannot be synced."""
+        try:
+            return image_identity(self.fd, self.path)
+        except OSError as error:
+            raise ImageError(f"{self.path}: cannot be synced: {error.strerror}", "repair what it lies on") from error
+
+    def length(self) -> int:
+        """Bytes that the file or device has now: less than ``size`` if somebody cut it short."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def replaced(self) -> bool:
+        """Whether the path leads to another file by now, or to none: what is written here then ends with this process."""
+        try:
+            there, here = os.stat(self.path), os.fstat(self.fd)
+        except OSError:
+            return True
+        return (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino)
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data``; raises OSError."""

@@ -38,6 +38,8 @@ from vmrewind.journal.writer import JournalWriter
 from vmrewind.nbd.negotiation import Handshake
 
 _TICK_SECONDS: Final = 1.0
+_ZERO_PIECE: Final = 1 << 30
+"""Longest range of one ZERO record, bytes."""
 _HOLD_RETRY_SECONDS: Final = 0.05
 _CLIENTS_MAX: Final = 256
 """Most connections at a time, handshakes included: more are hung up on, so that memory stays bounded."""
@@ -88,6 +90,8 @@ class Server:
         self._held: list[Connection] = []
         self.refused: list[_Refused] = []
         """What ``settle`` is to do before anything else is journaled."""
+        self.unread: list[tuple[Disk, int, int]] = []
+        """Ranges that a failed write may have changed and that cannot be read; tried again until they can."""
         self._stopping = False
         self._hold_began_ns = 0
         self._ticks = 0
@@ -142,6 +146,10 @@ class Server:
         if self._ticks % CHECKPOINT_SECONDS == 0 or self.policy.checkpoint_due(self.writer, self.state):
             self.durability.checkpoint()
         self._declare_dropped()
+        for disk in self.disks.values():
+            self._watch(disk)
+        unread, self.unread = self.unread, []
+        self.refused += [_Refused(disk, [], [(offset, length)]) for disk, offset, length in unread]
         if self.refused:
             self.settle()
         self._greeter.drop_overdue()
@@ -307,6 +315,27 @@ class Server:
         self.refused.append(_Refused(disk, seqs, ranges))
         self.settle()
 
+    def _watch(self, disk: Disk) -> None:
+        """See whether somebody does to the image's file what nobody should."""
+        if (length := disk.image.length()) != disk.length:
+            self.length_changed(disk, length)
+        if (replaced := disk.image.replaced()) != disk.replaced:
+            disk.replaced = replaced
+            self.events.write("image.replaced" if replaced else "image.back", disk=disk.target, image=disk.image.path)
+
+    def length_changed(self, disk: Disk, length: int) -> None:
+        """Somebody cut the image's file short, or made it longer. What it lost reads as zeroes from now on, in history as well."""
+        before, disk.length = disk.length, length
+        if length < before:
+            self.events.write("image.cut-short", disk=disk.target, bytes=length, expected_bytes=disk.size)
+            end = min(before, disk.size)
+            ranges = [(at, min(_ZERO_PIECE, end - at)) for at in range(length, end, _ZERO_PIECE)]
+            self.refused.append(_Refused(disk, [], ranges))
+            return
+        if any(is_data for _, is_data in disk.image.allocation(before, min(length, disk.size) - before)):
+            disk.doubtful = True
+        self.events.write("image.longer", disk=disk.target, bytes=length, expected_bytes=disk.size, changed=disk.doubtful)
+
     def settle(self) -> bool:
         """Write what history still lacks of what the images hold; False if the journal has no room for it.
 
@@ -319,7 +348,8 @@ class Server:
                     refused.seqs = []
                 while refused.ranges:
                     # A write that failed may have done a part of its work.
-                    self.journal_as_is(refused.disk, *refused.ranges[-1])
+                    if not self.journal_as_is(refused.disk, *refused.ranges[-1]):
+                        self.unread.append((refused.disk, *refused.ranges[-1]))
                     refused.ranges.pop()
                 self.refused.remove(refused)
         except JournalFull:
@@ -359,7 +389,10 @@ class Server:
         self._declare_dropped()
         self.durability.finish()
         position = Position(self.writer.run, ended, self.writer.last_time_ns)
-        identities = {target: disk.image.identity() for target, disk in self.disks.items()}
+        for disk, _, _ in self.unread:
+            disk.doubtful = True
+        # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
+        identities = {t: disk.image.identity() for t, disk in self.disks.items() if not (disk.doubtful or disk.replaced)}
         write_durably(self.journal / "head.json", Head(position, identities).to_json())
         self.events.write("capture.stopped", seq=ended)
         for disk in self.disks.values():

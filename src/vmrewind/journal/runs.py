@@ -42,13 +42,20 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class ImageIdentity:
-    """What tells whether a disk image was touched behind our back. ``device`` is the block device's number, 0 for files."""
+    """What tells whether a disk image was touched behind our back (journal/identity.py). ``device`` is the block device's number,
+    0 for files; ``writes`` is what the kernel has counted of writes to it, empty for files and where it does not tell."""
 
     path: str
     size: int
     mtime_ns: int
     inode: int
     device: int
+    writes: str = ""
+
+    @property
+    def tells(self) -> bool:
+        """Whether an equal identity at another time means that nobody touched the image in between."""
+        return not self.device or bool(self.writes)
 
 
 @dataclass(frozen=True, slots=True)

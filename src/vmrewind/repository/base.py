@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vmrewind.errors import ImageError
-from vmrewind.journal.runs import ImageIdentity
+from vmrewind.journal.identity import image_identity
 from vmrewind.repository.chunks import CHUNK_SIZE, Chunks
 from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.partial import Partial
@@ -67,7 +67,7 @@ def make_base(
             os.close(fd)
 
     path = path or Path(f"/proc/self/fd/{image}").readlink()
-    identity = _identity(image, path)
+    identity = image_identity(image, path)
     ctime_ns = os.fstat(image).st_ctime_ns
     disk_size = identity.size if size is None else size
     time_ns = time.time_ns()
@@ -76,7 +76,7 @@ def make_base(
         known = {} if stat.S_ISBLK(os.fstat(image).st_mode) else done.known
         job = _Job(repository.repository.chunks, image, path, disk_size, known, done, progress or (lambda *_: None))
         chunks = job.run()
-        if _identity(image, path) != identity:
+        if image_identity(image, path) != identity:
             raise ImageError(
                 f"{path}: the image changed while it was backed up",
                 "stop whatever writes to it, then make the backup again",
@@ -183,12 +183,3 @@ def _finished() -> Future[tuple[str | None, int]]:
     future: Future[tuple[str | None, int]] = Future()
     future.set_result((None, 0))
     return future
-
-
-def _identity(fd: int, path: Path) -> ImageIdentity:
-    """The open image's identity, as capture writes it: a block device has no usable mtime, its size and number must do."""
-    status = os.fstat(fd)
-    real = str(path.resolve())
-    if stat.S_ISBLK(status.st_mode):
-        return ImageIdentity(real, os.lseek(fd, 0, os.SEEK_END), 0, 0, status.st_rdev)
-    return ImageIdentity(real, status.st_size, status.st_mtime_ns, status.st_ino, 0)

@@ -47,6 +47,8 @@ def matching_base(paths: VmPaths, repository: VmRepository | None, disk: str, uu
 
     A base that the repository no longer has is none. Without a repository (it cannot be reached) the local copy's word is taken.
     """
+    if not identity.tells:
+        return None
     present = None if repository is None else set(repository.bases(disk))
     for base in local_bases(paths, disk):
         if base.uuid == uuid and base.identity == identity and (present is None or base.id in present):

@@ -34,6 +34,7 @@ from vmrewind.journal.runs import (
     run_path,
     write_durably,
 )
+from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
@@ -263,15 +264,19 @@ class Planner:
                 )
 
     def _continues(self, image: Image, past: Past) -> bool:
-        return past.head is not None and past.head.images.get(image.target) == image.identity()
+        left = past.head.images.get(image.target) if past.head is not None else None
+        return left is not None and left.tells and left == image.identity()
 
     def _cause(self, image: Image, past: Past) -> str:
         if image.target in past.used:
             return "the image was used without vmrewind after the last run died"
         if past.head is None:
             return past.gap_cause
-        if image.target not in past.head.images:
-            return "the disk was not protected in the last run, or it was restored apart from the others"
+        left = past.head.images.get(image.target)
+        if left is not None and left.device and left.writes.split(":")[0] != boot_id().hex():
+            return "the host was booted since: whether anybody wrote to the device meanwhile is not known"
+        if left is None:
+            return "the disk was not protected in the last run, was changed by others during it, or was restored apart from the rest"
         return past.gap_cause
 
     def _warn(self) -> None:
