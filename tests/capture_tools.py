@@ -13,14 +13,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from vmrewind.errors import by_kind
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Record, Segment, records, segment_files
-from vmrewind.journal.runs import DiskInfo, RunInfo, run_path, write_durably
+from vmrewind.journal.runs import DiskInfo, ImageIdentity, RunInfo, run_path, write_durably
 from vmrewind.nbd import protocol as nbd
 
 UUID = uuid.UUID("1f0c9a5e-3a51-4f6e-9a55-0a7de1a0a1c1")
@@ -51,6 +51,7 @@ class DiskOf:
     image: Path
     format: str = "raw"
     size: int | None = None
+    identity: ImageIdentity | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Capture:
             "disks": [
                 {"index": i, "target": d.target, "image": str(d.image), "format": d.format}
                 | ({"size": d.size} if d.size is not None else {})
+                | ({"identity": asdict(d.identity)} if d.identity is not None else {})
                 for i, d in enumerate(self.disks)
             ],
             "nbd_socket": str(self.socket_path),

@@ -151,7 +151,9 @@ def open_images(disks: list[Mapping[str, Any]], *, resuming: bool) -> list[Image
         image = Image(disk["index"], disk["target"], disk["image"], disk["format"], disk.get("size"))
         images.append(image)
         expected = disk.get("identity")
-        if expected and not resuming and image.identity() != ImageIdentity(**expected):
+        if expected and resuming:
+            _refuse_another_file(image, ImageIdentity(**expected))
+        elif expected and image.identity() != ImageIdentity(**expected):
             raise ImageError(f"{image.path}: changed while the VM was being started", "find out by whom, then start again")
         if image.size != disk.get("size", image.size):
             raise ImageError(
@@ -160,6 +162,17 @@ def open_images(disks: list[Mapping[str, Any]], *, resuming: bool) -> list[Image
             )
         image.extend()
     return images
+
+
+def _refuse_another_file(image: Image, expected: ImageIdentity) -> None:
+    """What the last capture served must not be replayed onto a file that was put in its image's place since."""
+    status = os.fstat(image.fd)
+    here = (0, status.st_rdev) if image.block_device else (status.st_ino, 0)
+    if here != (expected.inode, expected.device):
+        raise ImageError(
+            f"{image.path}: another image than the one that the VM runs with",
+            "put that one back, and the VM goes on; or stop the VM: its next start takes what is there then",
+        )
 
 
 def listening_socket(path: str, fd: int | None) -> socket.socket:

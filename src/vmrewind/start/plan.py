@@ -276,7 +276,7 @@ class Planner:
         if left is not None and left.device and left.writes.split(":")[0] != boot_id().hex():
             return "the host was booted since: whether anybody wrote to the device meanwhile is not known"
         if left is None:
-            return "the disk was not protected in the last run, was changed by others during it, or was restored apart from the rest"
+            return "the disk was not protected in the last run, was changed by others then, or was restored apart from the rest"
         return past.gap_cause
 
     def _warn(self) -> None:
