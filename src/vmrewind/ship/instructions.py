@@ -43,6 +43,6 @@ class Instructions:
             self._seen = seen
             try:
                 self._disks = _instructed(self._path)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 print(f"ship: {self._path}: {error}; going on as before", file=sys.stderr, flush=True)  # noqa: T201
         return self._disks

@@ -12,6 +12,7 @@ from typing import Any, Final
 from vmrewind.journal.runs import private
 
 INTERVAL_SECONDS: Final = 1.0
+_PID_MAX: Final = 1 << 22
 """Least time between two reports."""
 
 
@@ -45,9 +46,9 @@ def status(runtime: Path) -> ShipStatus | None:
     try:
         plain: dict[str, Any] = json.loads(status_path(runtime).read_bytes())
         found = ShipStatus(**plain | {"disks": tuple(plain["disks"])})
-        if type(found.pid) is not int or found.pid <= 0:
+        if type(found.pid) is not int or not 0 < found.pid <= _PID_MAX:
             return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     try:
         os.kill(found.pid, 0)

@@ -8,14 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vmrewind.journal.owned import require_own
 from vmrewind.journal.runs import private
 from vmrewind.paths import VmPaths, runtime_root
+
+PID_MAX: Final = 1 << 22
+"""The kernel's own limit, on any machine (proc(5), /proc/sys/kernel/pid_max)."""
+_RUN: Final = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,11 @@ class Keeping:
                 return None  # the same pid and ticks may be another process's after a reboot
             keeper, capture, ship, qemu = (_process(plain[role]) for role in ("keeper", "capture", "ship", "qemu"))
             run, mode, trouble = plain["run"], plain["mode"], plain.get("trouble")
-            int(run, 16)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
-        if keeper is None or not isinstance(mode, str) or not isinstance(trouble, str | None):
+        if keeper is None or not isinstance(run, str) or not _RUN.fullmatch(run):
+            return None
+        if not isinstance(mode, str) or not isinstance(trouble, str | None):
             return None
         return cls(run, mode, keeper, capture, ship, qemu, trouble)
 
@@ -100,7 +106,7 @@ def _process(plain: Any) -> Process | None:
     if plain is None:
         return None
     pid, ticks = plain["pid"], plain["started_ticks"]
-    if type(pid) is not int or type(ticks) is not int or pid <= 0:
+    if type(pid) is not int or type(ticks) is not int or not 0 < pid <= PID_MAX:
         raise ValueError("no process id")
     return Process(pid, ticks)
 

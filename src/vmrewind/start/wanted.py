@@ -13,7 +13,7 @@ def read_wanted(paths: VmPaths) -> list[str]:
     """The disks that ship carries, by target; empty when it is idle."""
     try:
         return [str(target) for target in json.loads(paths.ship.read_bytes())["disks"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         # Damaged: ship takes it for nothing as well, and the next start writes it anew.
         return []
 
