@@ -362,16 +362,19 @@ class Client:
             error, cookie = struct.unpack(">IQ", self.receive(12))
             return cookie, error, self.receive(read_length) if read_length and not error else b""
         assert magic == nbd.STRUCTURED_REPLY_MAGIC
-        flags, kind, cookie, length = struct.unpack(">HHQI", self.receive(16))
-        assert flags & nbd.REPLY_FLAG_DONE, "this server never fragments"
-        payload = self.receive(length)
-        if kind == nbd.REPLY_ERROR:
-            error, message_length = struct.unpack_from(">IH", payload)
-            assert length == 6 + message_length
-            return cookie, error, b""
-        if kind == nbd.REPLY_OFFSET_DATA:
-            return cookie, 0, payload[8:]
-        return cookie, 0, payload
+        data = b""
+        while True:
+            flags, kind, cookie, length = struct.unpack(">HHQI", self.receive(16))
+            payload = self.receive(length)
+            if kind == nbd.REPLY_ERROR:
+                error, message_length = struct.unpack_from(">IH", payload)
+                assert length == 6 + message_length
+                assert flags & nbd.REPLY_FLAG_DONE
+                return cookie, error, b""
+            data += payload[8:] if kind == nbd.REPLY_OFFSET_DATA else payload
+            if flags & nbd.REPLY_FLAG_DONE:
+                return cookie, 0, data
+            assert self.receive(4) == struct.pack(">I", nbd.STRUCTURED_REPLY_MAGIC), "nothing comes between a reply's chunks here"
 
     def do(self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0) -> bytes:
         """One request and its reply; raises NbdError."""

@@ -4,6 +4,9 @@ What a request costs in Python is paid per batch. Everything that a receive brou
 records straight into the writer's table and replies straight into one output buffer, and keeps payloads as slices of the receive
 buffer. Then: one vectored write to the journal, the image writes, one send. No object per request, no copy of a payload.
 
+A request too large to be held whole (``LARGE``) is carried out in pieces: a write as it arrives, a read as the client takes it. So
+what a connection can make this process hold is bounded, whatever is asked of it, and between two pieces others have their turn.
+
 Order within a batch: all writes as they came (journal first, then image), then the reads. NBD leaves the order of requests in
 flight to the server, so this is lawful; a write is acknowledged only when journal and image both hold it.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import xxhash
@@ -26,13 +30,16 @@ if TYPE_CHECKING:
     from vmrewind.capture.server import Server
 
 WINDOW: Final = (256 << 10) + (8 << 10)
-"""Receive buffer, bytes: one 256 KiB write with its header fits, and it stays in the processor's cache. Larger requests get a
-buffer of their own for as long as they keep coming."""
-WINDOW_KEPT_MAX: Final = 4 << 20
+"""Receive buffer, bytes: one 256 KiB write with its header fits, and it stays in the processor's cache. It grows to hold the
+largest request that is not ``LARGE``."""
+LARGE: Final = 1 << 20
+"""Requests longer than this, bytes, are carried out in pieces of at most this."""
 OUTPUT: Final = 64 << 10
 OUTPUT_MAX: Final = 1 << 20
 """A batch ends when its replies fill this much, bytes."""
 BATCH_REQUESTS_MAX: Final = 256
+_BATCHES_A_TURN: Final = 8
+"""Batches that are served before other connections have their turn."""
 _EXTENTS_MAX: Final = 4096
 
 Operation = tuple[int, memoryview | None, int, int, int, int]
@@ -52,6 +59,18 @@ _ALLOWED_FLAGS: Final = {
 }
 
 
+@dataclass(slots=True)
+class _Large:
+    """What is left to be done of a large request, and what is wrong with it so far."""
+
+    cookie: int
+    flags: int
+    offset: int
+    left: int
+    error: int = 0
+    begun: bool = False
+
+
 class Connection:
     """A client of one disk. The server calls ``readable`` and ``writable``; ``closed`` says that it is to be forgotten."""
 
@@ -66,12 +85,18 @@ class Connection:
         self.held = False
         """The journal can't take this client's writes now: nothing is read from it until ``resume``."""
         self._ending = False
+        """Nothing more is served: it is closed once what was asked before is answered."""
+        self._whole_max = min(LARGE, server.record_length_max)
+        self._large_write: _Large | None = None
+        self._large_read: _Large | None = None
+        self._unstable = 0
         self._window = bytearray(WINDOW)
         self._view = memoryview(self._window)
         self._start = 0
         self._filled = 0
         self._output = bytearray(OUTPUT)
         self._backlog: memoryview | None = None
+        self._later = bytearray()
 
     def preload(self, data: bytes | bytearray) -> None:
         """Bytes that arrived behind the handshake."""
@@ -81,6 +106,10 @@ class Connection:
 
     def readable(self) -> None:
         """Receive once, then serve every complete request."""
+        if self._ending:
+            # Watched for nothing but the client's end.
+            self.close()
+            return
         try:
             received = self.sock.recv_into(self._view[self._filled :])
         except BlockingIOError:
@@ -96,10 +125,19 @@ class Connection:
     def resume(self) -> None:
         """Serve what is in the window: after a receive, once the output has drained, or once the journal has room again."""
         self.held = False
-        while not (self.closed or self.held) and self._backlog is None and self._serve_batch():
-            pass
-        if not self.closed and not self.held and self._backlog is None:
+        for _ in range(_BATCHES_A_TURN):
+            if self._blocked or not self._serve_batch():
+                break
+        else:
+            if not self._blocked:
+                self.server.want_writable(self, True)
+                return
+        if not self._blocked:
             self._compact()
+
+    @property
+    def _blocked(self) -> bool:
+        return self.closed or self.held or self._ending or self.has_backlog
 
     def _compact(self) -> None:
         """Move an incomplete request to the front, and see that there is room for the rest of it."""
@@ -110,16 +148,15 @@ class Connection:
                 self._window[:left] = self._window[start:filled]
             self._start, self._filled = 0, left
         needed = nbd.REQUEST.size
-        if left >= nbd.REQUEST.size:
-            magic, _, command, _, _, length = nbd.REQUEST.unpack_from(self._window)
-            if magic == nbd.REQUEST_MAGIC and command == nbd.CMD_WRITE:
-                needed += min(length, nbd.REQUEST_LENGTH_MAX)
-        if needed > len(self._window) or (left == 0 and len(self._window) > WINDOW_KEPT_MAX):
-            self._make_room(needed)
+        if self._large_write is not None:
+            needed = min(self._large_write.left, self._whole_max)
+        elif left >= nbd.REQUEST.size:
+            *_, length = nbd.REQUEST.unpack_from(self._window)
+            needed += min(length, self._whole_max)
+        self._make_room(needed)
 
     def _make_room(self, size: int) -> None:
-        size = max(size, WINDOW)
-        if size == len(self._window):
+        if size <= len(self._window):
             return
         window = bytearray(size)
         window[: self._filled] = self._window[: self._filled]
@@ -131,6 +168,8 @@ class Connection:
         if self.server.refused and not self.server.settle():
             self._hold(_UNSETTLED)
             return False
+        if self._large_write is not None:
+            return self._serve_large_write(self._large_write)
         disk = self.disk
         size = disk.size
         index = disk.index
@@ -144,7 +183,7 @@ class Connection:
         window, view = self._window, self._view
         position, filled = self._start, self._filled
         read_flags = self._read_flags
-        record_max = self.server.record_length_max
+        whole_max = self._whole_max
         payload_room = self.server.batch_payload_max
 
         records = 0
@@ -161,30 +200,33 @@ class Connection:
         statuses: list[tuple[int, int, int, int]] = []
         output_length = 0
         requests = 0
+        ending = False
 
         while filled - position >= request_size and requests < BATCH_REQUESTS_MAX and output_length < OUTPUT_MAX:
             magic, flags, command, cookie, offset, length = unpack(window, position)
             if magic != nbd.REQUEST_MAGIC:
-                self._ending = True
+                ending = True
                 break
             if command == nbd.CMD_WRITE:
                 body = position + request_size
                 stop = body + length
                 if length > nbd.REQUEST_LENGTH_MAX:
                     # Its payload would have to be skipped unread; the reference servers hang up as well.
-                    self._ending = True
+                    ending = True
                     break
+                if length > whole_max:
+                    if requests:
+                        break
+                    error = nbd.EINVAL if flags & ~nbd.CMD_FLAG_FUA else nbd.ENOSPC if offset + length > size else 0
+                    self._start = body
+                    self._large_write = _Large(cookie, flags, offset, length, error)
+                    return self._serve_large_write(self._large_write)
                 if stop > filled:
                     break
                 if flags & ~nbd.CMD_FLAG_FUA:
                     replies.append((cookie, nbd.EINVAL))
                 elif offset + length > size:
                     replies.append((cookie, nbd.ENOSPC))
-                elif length > record_max:
-                    if requests:
-                        break
-                    self._start = position
-                    return self._serve_large_write(cookie, flags, offset, view[body:stop], stop)
                 elif length:
                     if payload_length + length + 8 > payload_room:
                         break
@@ -203,10 +245,15 @@ class Connection:
                     replies.append((cookie, 0))
                 position = stop
             elif command == nbd.CMD_READ:
-                if flags & ~read_flags or offset + length > size or not length:
-                    reads.append((cookie, offset, -nbd.EINVAL if length else 0))
-                elif length > nbd.REQUEST_LENGTH_MAX:
+                if flags & ~read_flags or offset + length > size or length > nbd.REQUEST_LENGTH_MAX:
                     reads.append((cookie, offset, -nbd.EINVAL))
+                elif length > LARGE:
+                    if requests:
+                        break
+                    self._start = position + request_size
+                    self._large_read = _Large(cookie, flags, offset, length)
+                    self._send_piece(self._large_read)
+                    return True
                 else:
                     reads.append((cookie, offset, length))
                     output_length += length
@@ -242,6 +289,7 @@ class Connection:
                         statuses.append((cookie, 0, 0, 0))
                     else:
                         statuses.append((cookie, offset, length, flags))
+                        output_length += (1 if flags & nbd.CMD_FLAG_REQ_ONE else _EXTENTS_MAX) * nbd.EXTENT.size
                 elif command == nbd.CMD_CACHE:
                     if offset + length > size:
                         replies.append((cookie, nbd.EINVAL))
@@ -249,7 +297,7 @@ class Connection:
                         os.posix_fadvise(disk.image.fd, offset, length, os.POSIX_FADV_WILLNEED)
                         replies.append((cookie, 0))
                 elif command == nbd.CMD_DISC:
-                    self._ending = True
+                    ending = True
                     requests += 1
                     break
                 else:
@@ -257,8 +305,8 @@ class Connection:
             requests += 1
 
         if not requests:
-            if self._ending:
-                self.close()
+            if ending:
+                self._end()
             return False
         if records:
             try:
@@ -276,9 +324,7 @@ class Connection:
         output = self._output
         needed = (len(replies) + len(written) + len(reads)) * nbd.DATA_CHUNK.size + output_length
         if needed > len(output):
-            output = bytearray(needed)
-            if needed <= 2 * OUTPUT_MAX:
-                self._output = output
+            output = self._output = bytearray(needed)
         at = 0
         for cookie in written:
             pack_reply(output, at, _SIMPLE_OK, 0, cookie)
@@ -293,9 +339,9 @@ class Connection:
         for cookie, offset, length, flags in statuses:
             self._send(self._status(cookie, offset, length, flags))
         for cookie in deferred:
-            self.server.durability.flush(self, cookie)
-        if self._ending and not self.closed:
-            self.close()
+            self._answer_when_stable(cookie)
+        if ending:
+            self._end()
         return True
 
     def _apply(self, operations: list[Operation], first_seq: int) -> dict[int, int]:
@@ -332,30 +378,71 @@ class Connection:
             server.state.set_applied(server.writer.next_batch - 1)
         return failed
 
-    def _serve_large_write(self, cookie: int, flags: int, offset: int, payload: memoryview, stop: int) -> bool:
-        """A write longer than a record may be: several records, each a batch of its own, then one reply."""
-        writer, index = self.server.writer, self.disk.index
-        failed: dict[int, int] = {}
-        for at in range(0, len(payload), self.server.record_length_max):
-            piece = payload[at : at + self.server.record_length_max]
-            length = len(piece)
-            if self.server.refused and not self.server.settle():
-                self._hold(_UNSETTLED)
-                return False
-            fmt.RECORD.pack_into(writer.table, writer.table_at, offset + at, length, index, fmt.Op.WRITE, flags & 1, _xxh3(piece))
+    def _serve_large_write(self, large: _Large) -> bool:
+        """Carry out the next piece of a large write, a batch of its own, if it has arrived; reply after the last."""
+        length = min(large.left, self._whole_max)
+        start = self._start
+        if self._filled - start < length:
+            return False
+        if not large.error:
+            writer = self.server.writer
+            piece = self._view[start : start + length]
+            fmt.RECORD.pack_into(
+                writer.table, writer.table_at, large.offset, length, self.disk.index, fmt.Op.WRITE, large.flags, _xxh3(piece)
+            )
             try:
                 seq = writer.commit(1, (piece, _PADDING[-length & 7]), fmt.padded(length))
             except JournalFull as full:
-                # The whole request is served anew later; writing the same bytes twice changes nothing.
                 self._hold(str(full))
                 return False
-            failed |= self._apply([(0, piece, offset + at, length, 0, cookie)], seq)
-        self._start = stop
-        if flags & nbd.CMD_FLAG_FUA and not failed:
-            self.server.durability.flush(self, cookie)
+            large.error = self._apply([(0, piece, large.offset, length, 0, large.cookie)], seq).get(large.cookie, 0)
+        self._start = start + length
+        large.offset += length
+        large.left -= length
+        if large.left:
+            return True
+        self._large_write = None
+        if large.flags & nbd.CMD_FLAG_FUA and not large.error:
+            self._answer_when_stable(large.cookie)
         else:
-            self._send(memoryview(nbd.SIMPLE_REPLY.pack(_SIMPLE_OK, max(failed.values(), default=0), cookie)))
+            self._send(memoryview(nbd.SIMPLE_REPLY.pack(_SIMPLE_OK, large.error, large.cookie)))
         return True
+
+    def _send_piece(self, large: _Large) -> None:
+        """Read and send the next piece of a large read.
+
+        Structured replies have a chunk for each piece, so an error can follow data. Otherwise, and where the client forbade
+        fragments, all is promised with the first byte: an error after it leaves nothing but to hang up.
+        """
+        length = min(large.left, LARGE)
+        fragments = self.structured and not large.flags & nbd.CMD_FLAG_DF
+        head = 0 if large.begun and not fragments else nbd.DATA_CHUNK.size if self.structured else nbd.SIMPLE_REPLY.size
+        if head + length > len(self._output):
+            self._output = bytearray(head + length)
+        output = self._output
+        if error := self._fill(memoryview(output)[head : head + length], large.offset):
+            self._large_read = None
+            if large.begun and not fragments:
+                self.close()
+            else:
+                self._push(memoryview(output)[: self._read_error(output, 0, large.cookie, error)])
+            return
+        if head and self.structured:
+            done = nbd.REPLY_FLAG_DONE if length == large.left or not fragments else 0
+            promised = (length if fragments else large.left) + 8
+            nbd.DATA_CHUNK.pack_into(
+                output, 0, nbd.STRUCTURED_REPLY_MAGIC, done, nbd.REPLY_OFFSET_DATA, large.cookie, promised, large.offset
+            )  # fmt: skip
+        elif head:
+            nbd.SIMPLE_REPLY.pack_into(output, 0, nbd.SIMPLE_REPLY_MAGIC, 0, large.cookie)
+        large.begun = True
+        large.offset += length
+        large.left -= length
+        if not large.left:
+            self._large_read = None
+        self._push(memoryview(output)[: head + length])
+        if self._large_read is not None and not self.closed:
+            self.server.want_writable(self, True)
 
     def _hold(self, reason: str) -> None:
         self.held = True
@@ -404,19 +491,7 @@ class Connection:
             for _, offset, length, _ in missing:
                 os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
         for cookie, offset, length, data_at in reversed(missing):
-            done = 0
-            error = 0
-            try:
-                while done < length:
-                    got = os.preadv(fd, (view[data_at + done : data_at + length],), offset + done)
-                    if not got:
-                        # The file was cut short behind our back.
-                        error = nbd.EIO
-                        break
-                    done += got
-            except OSError as failure:
-                error = nbd.wire_error(failure.errno)
-            if error:
+            if error := self._fill(view[data_at : data_at + length], offset):
                 # The error reply is shorter than the data it replaces: close the gap. Last first, so that positions hold.
                 short = bytearray(nbd.ERROR_CHUNK.size)
                 used = self._read_error(short, 0, cookie, error)
@@ -426,6 +501,21 @@ class Connection:
                 output[start + used : start + used + len(tail)] = tail
                 at = start + used + len(tail)
         return at
+
+    def _fill(self, view: memoryview, offset: int) -> int:
+        """Read from the image until ``view`` is full; returns the protocol's error."""
+        fd = self.disk.image.fd
+        done = 0
+        try:
+            while done < len(view):
+                got = os.preadv(fd, (view[done:],), offset + done)
+                if not got:
+                    # The file was cut short behind our back.
+                    return nbd.EIO
+                done += got
+        except OSError as failure:
+            return nbd.wire_error(failure.errno)
+        return 0
 
     def _read_error(self, output: bytearray, at: int, cookie: int, error: int) -> int:
         if self.structured:
@@ -456,15 +546,35 @@ class Connection:
         )
         return memoryview(head + extents)
 
+    def _answer_when_stable(self, cookie: int) -> None:
+        self._unstable += 1
+        self.server.durability.flush(self, cookie)
+
     def flushed(self, cookie: int, error: int) -> None:
         """A deferred request is on stable storage (or is not: ``error``): answer it."""
         if not self.closed:
+            self._unstable -= 1
             self._send(memoryview(nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, nbd.wire_error(error) if error else 0, cookie)))
+            if self._ending:
+                self._end()
+
+    def _end(self) -> None:
+        """The client said goodbye, or what cannot be understood: close once all that it asked before is answered."""
+        self._ending = True
+        if not (self.closed or self.has_backlog):
+            if self._unstable:
+                self.server.want_nothing(self)
+            else:
+                self.close()
 
     def _send(self, data: memoryview) -> None:
-        if self._backlog is not None:
-            self._backlog = memoryview(bytes(self._backlog) + bytes(data))
-            return
+        if self.has_backlog:
+            # Nothing is read from a client that does not take its replies, so this stays bounded by one batch and its flushes.
+            self._later += data
+        else:
+            self._push(data)
+
+    def _push(self, data: memoryview) -> None:
         try:
             sent = self.sock.send(data)
         except BlockingIOError:
@@ -473,21 +583,28 @@ class Connection:
             self.close()
             return
         if sent != len(data):
-            # Nothing is read from a client that does not take its replies, so this stays bounded by one batch and its flushes.
             self._backlog = data[sent:]
             self.server.want_writable(self, True)
 
     @property
     def has_backlog(self) -> bool:
         """Whether replies wait for room in the client's socket."""
-        return self._backlog is not None
+        return self._backlog is not None or self._large_read is not None
 
     def writable(self) -> None:
         """The client takes replies again: send what is left, then go on serving."""
         backlog, self._backlog = self._backlog, None
         if backlog is not None:
-            self._send(backlog)
+            self._push(backlog)
+        elif self._large_read is not None:
+            self._send_piece(self._large_read)
+        if self._later and not (self.closed or self.has_backlog):
+            later, self._later = self._later, bytearray()
+            self._push(memoryview(later))
         if not self.closed and not self.has_backlog:
+            if self._ending:
+                self._end()
+                return
             self.server.want_writable(self, False)
             self.resume()
 

@@ -81,6 +81,13 @@ class Greeter:
             del self._greetings[sock]
             self._loop.begin_transmission(sock, handshake)
 
+    def drop_oldest(self) -> bool:
+        """Hang up on whoever has been at it the longest; False if there is nobody."""
+        for greeting in self._greetings.values():
+            self._drop(greeting)
+            return True
+        return False
+
     def drop_overdue(self) -> None:
         """Hang up on whoever takes too long."""
         now = time.monotonic_ns()

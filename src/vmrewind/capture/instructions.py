@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from vmrewind.capture.control import Answer
@@ -75,16 +76,23 @@ def _mark(server: Server, request: dict[str, Any], answer: Answer) -> None:
     if seq is None:
         answer({"ok": False, "kind": "space", "message": "the journal has no room for a bookmark now"})
         return
-    run, time_ns = fmt.run_name(server.writer.run), server.writer.last_time_ns
+    server.durability.flush(_Marked(answer, fmt.run_name(server.writer.run), seq, server.writer.last_time_ns), 0)
 
-    class Marked:
-        def flushed(self, _: int, error: int) -> None:
-            if error:
-                answer({"ok": False, "kind": "failed", "message": f"not on stable storage: {os.strerror(error)}"})
-            else:
-                answer({"ok": True, "run": run, "seq": seq, "time_ns": time_ns})
 
-    server.durability.flush(Marked(), 0)
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """A bookmark that is to be on stable storage before it is answered."""
+
+    answer: Answer
+    run: str
+    seq: int
+    time_ns: int
+
+    def flushed(self, _: int, error: int) -> None:
+        if error:
+            self.answer({"ok": False, "kind": "failed", "message": f"not on stable storage: {os.strerror(error)}"})
+        else:
+            self.answer({"ok": True, "run": self.run, "seq": self.seq, "time_ns": self.time_ns})
 
 
 def _resync(server: Server, request: dict[str, Any], answer: Answer) -> None:

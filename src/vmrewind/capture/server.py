@@ -41,6 +41,7 @@ _TICK_SECONDS: Final = 1.0
 _ZERO_PIECE: Final = 1 << 30
 """Longest range of one ZERO record, bytes."""
 _HOLD_RETRY_SECONDS: Final = 0.05
+_CONTROLS_MAX: Final = 64
 _CLIENTS_MAX: Final = 256
 """Most connections at a time, handshakes included: more are hung up on, so that memory stays bounded."""
 
@@ -85,7 +86,8 @@ class Server:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._register(self._wakeup, self._run_posted)
         self._greeter = Greeter(self, {target: disk.export for target, disk in self.disks.items()})
-        self._controls: set[ControlClient] = set()
+        self._controls: dict[ControlClient, int] = {}
+        """Who gives instructions, and its socket's number; the one that was heard of last is the last."""
         self._listeners: list[socket.socket] = []
         self._held: list[Connection] = []
         self.refused: list[_Refused] = []
@@ -187,37 +189,44 @@ class Server:
 
     @property
     def _clients(self) -> int:
-        return len(self._greeter) + len(self._controls) + sum(len(d.connections) for d in self.disks.values())
+        return len(self._greeter) + sum(len(d.connections) for d in self.disks.values())
 
-    def _accept_any(self, listener: socket.socket) -> socket.socket | None:
+    @staticmethod
+    def _accept_any(listener: socket.socket) -> socket.socket | None:
         try:
             sock, _ = listener.accept()
         except OSError:
-            return None
-        if self._clients >= _CLIENTS_MAX:
-            sock.close()
             return None
         sock.setblocking(False)
         return sock
 
     def _accept(self, listener: socket.socket) -> None:
-        if (sock := self._accept_any(listener)) is not None:
+        if (sock := self._accept_any(listener)) is None:
+            return
+        # Those who connect and say nothing must not keep out a client that comes back.
+        if self._clients >= _CLIENTS_MAX and not self._greeter.drop_oldest():
+            sock.close()
+        else:
             self._greeter.greet(sock)
 
     def _accept_control(self, listener: socket.socket) -> None:
         if (sock := self._accept_any(listener)) is None:
             return
+        if len(self._controls) >= _CONTROLS_MAX:
+            self._drop_control(next(iter(self._controls)))
         client = ControlClient(sock, lambda request, answer: instruct(self, request, answer))
-        self._controls.add(client)
-        fd = sock.fileno()
+        fd = self._controls[client] = sock.fileno()
 
         def ready(_: int) -> None:
+            self._controls[client] = self._controls.pop(client)
             if not client.readable():
-                self._unregister(fd)
-                self._controls.discard(client)
-                client.close()
+                self._drop_control(client)
 
         self._register(fd, ready)
+
+    def _drop_control(self, client: ControlClient) -> None:
+        self._unregister(self._controls.pop(client))
+        client.close()
 
     def watch(self, sock: socket.socket) -> None:
         """A handshake begins."""
@@ -254,6 +263,10 @@ class Server:
         """Watch for room in the client's socket instead of requests, or for requests again."""
         self._epoll.modify(connection.sock.fileno(), select.EPOLLOUT if wanted else select.EPOLLIN)
 
+    def want_nothing(self, connection: Connection) -> None:
+        """Watch for the client's end only."""
+        self._epoll.modify(connection.sock.fileno(), 0)
+
     @staticmethod
     def peer_is_gone(sock: socket.socket) -> bool:
         """Whether the other end of ``sock`` is closed."""
@@ -277,7 +290,7 @@ class Server:
 
     def hold(self, connection: Connection, reason: str) -> None:
         """The journal has no room for this client's batch: serve nothing of it until it has."""
-        self._epoll.modify(connection.sock.fileno(), 0)
+        self.want_nothing(connection)
         if not self._hold_began_ns:
             self._hold_began_ns = time.monotonic_ns()
             self.events.write("journal.full", policy=self.policy.name, journal=str(self.journal), reason=reason)

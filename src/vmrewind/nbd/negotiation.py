@@ -16,6 +16,8 @@ from vmrewind.nbd import protocol as nbd
 
 OPTION_LENGTH_MAX: Final = 64 << 10
 """Longest option data that is looked at, bytes; longer options are skipped unread and refused."""
+OPTIONS_MAX: Final = 1024
+"""Most options of one handshake: a client that lists asks two for each export."""
 CONTEXT_ID: Final = 1
 
 
@@ -53,6 +55,7 @@ class Handshake:
         self._no_zeroes = False
         self._skip = 0
         self._skipped_option = 0
+        self._options_left = OPTIONS_MAX
         self._context_export: str | None = None
         self.buffer = bytearray()
         self.chosen: ExportInfo | None = None
@@ -103,16 +106,20 @@ class Handshake:
         magic, option, length = nbd.OPTION.unpack_from(buffer)
         if magic != nbd.IHAVEOPT:
             raise ProtocolError("an option without its magic")
+        if not self._options_left:
+            raise ProtocolError("options without end")
         if length > OPTION_LENGTH_MAX:
             if option == nbd.OPT_EXPORT_NAME:
                 raise ProtocolError("an export name beyond any limit")
             del buffer[: nbd.OPTION.size]
+            self._options_left -= 1
             self._skip, self._skipped_option, self._state = length, option, _State.SKIPPING
             return True
         if len(buffer) < nbd.OPTION.size + length:
             return False
         data = bytes(buffer[nbd.OPTION.size : nbd.OPTION.size + length])
         del buffer[: nbd.OPTION.size + length]
+        self._options_left -= 1
         self._option(out, option, data)
         return True
 
