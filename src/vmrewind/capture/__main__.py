@@ -34,7 +34,6 @@ from vmrewind.journal.runs import ImageIdentity, private_directory, sync_directo
 from vmrewind.journal.state import StatePage
 from vmrewind.journal.writer import JournalWriter
 
-
 _M_MMAP_THRESHOLD: Final = -3
 
 
