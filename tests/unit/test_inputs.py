@@ -12,7 +12,7 @@ import pytest
 from guests.protected import vmrewind
 from tests.history_tools import exit_code_of_main
 from vmrewind.errors import ConfigError, RepositoryError, UsageError
-from vmrewind.repository.store import open_store
+from vmrewind.repository.opening import open_store
 from vmrewind.repository.url import holds_credentials, redacted
 from vmrewind.start import hook
 from vmrewind.start.environment import without_credentials

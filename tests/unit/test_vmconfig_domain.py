@@ -105,7 +105,7 @@ def changed(old: str, new: str) -> bytes:
         ('enabled="yes"', 'enabled="yes" journal-size="much"', "protection/@journal-size: 'much' is not a size"),
         ('enabled="yes"', 'enabled="yes" shutdown-timeout-seconds="x"', "protection/@shutdown-timeout-seconds"),
         ('repository="/r"', 'repository="r"', "protection.repository: 'r' is not an absolute path"),
-        ('repository="/r"', 'repository="s3://b"', "supports directories only"),
+        ('repository="/r"', 'repository="s3://bucket?x=y"', "holds credentials"),
         (DISK, "", "no disk is named"),
         (DISK, "<cdp:disc/>", "protection/disc: this element is not known"),
         (DISK, "<disk/>", "protection/disk: this element is not known"),

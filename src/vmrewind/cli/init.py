@@ -11,7 +11,7 @@ from vmrewind.repository.repository import Repository
 
 
 def init(
-    url: Annotated[str, Parameter(help="The directory to make into a repository: a path or file:///path.")],
+    url: Annotated[str, Parameter(help="A directory (a path or file:///path), or a bucket: s3://BUCKET/PREFIX, gs://…, az://….")],
     /,
     *,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,

@@ -16,12 +16,13 @@ from vmrewind.repository import layout
 from vmrewind.repository.chunks import Chunks
 from vmrewind.repository.layout import ConfigName, SegmentName
 from vmrewind.repository.manifest import Manifest
+from vmrewind.repository.opening import open_store
 from vmrewind.repository.sealed import seal, unseal
-from vmrewind.repository.store import AlreadyExists, NotFound, Store, get_or_corrupt, open_store, put_verified
+from vmrewind.repository.store import AlreadyExists, NotFound, Store, get_or_corrupt, put_verified
 
 FORMAT: Final = 1
 
-T = TypeVar("T")
+T = TypeVar("T", SegmentName, ConfigName)
 
 
 class Repository:
@@ -55,7 +56,9 @@ class Repository:
         try:
             store.put(layout.REPOSITORY, document)
         except AlreadyExists:
-            raise RepositoryError(f"{store.url}: another process just made a repository here", "use that one") from None
+            # Ours, if the store was asked twice for one put.
+            if store.get(layout.REPOSITORY) != document:
+                raise RepositoryError(f"{store.url}: another process just made a repository here", "use that one") from None
         repository = cls(store, document, repository_id)
         try:
             repository.probe()
@@ -174,7 +177,7 @@ class VmRepository:
     def runs(self) -> list[RunInfo]:
         """Every run described here, oldest first."""
         found = []
-        for key, _ in self._store.list(layout.run_prefix(self.name)):
+        for key, _ in sorted(self._store.list(layout.run_prefix(self.name))):
             content = unseal(get_or_corrupt(self._store, key), self._origin(key))
             found.append(RunInfo.from_json(json.dumps(content).encode(), self._origin(key)))
         return found
@@ -204,7 +207,8 @@ class VmRepository:
     def bases(self, disk: str) -> list[str]:
         """The ids of a disk's bases, oldest first."""
         prefix = layout.base_prefix(self.name, disk)
-        return [key.removeprefix(prefix).removesuffix(".json") for key, _ in self._store.list(prefix) if key.endswith(".json")]
+        found = (key for key, _ in self._store.list(prefix) if key.endswith(".json"))
+        return sorted(key.removeprefix(prefix).removesuffix(".json") for key in found)
 
     def base(self, disk: str, base_id: str) -> Manifest:
         """A base's manifest. Raises RepositoryError if there is no such base, CorruptionError if it is damaged."""
@@ -252,7 +256,7 @@ class VmRepository:
 
     def _named(self, prefix: str, parse: Callable[[str, str], T | None]) -> list[T]:
         parsed = (parse(self.name, key) for key, _ in self._store.list(prefix))
-        return [name for name in parsed if name is not None]
+        return sorted(name for name in parsed if name is not None)
 
     def _origin(self, key: str) -> str:
         return f"{self.repository.url}: {key}"

@@ -1,18 +1,16 @@
 """The contract that every storage backend fulfils: five operations on write-once objects, and nothing about directories.
 
 Two outcomes are part of the contract and are no errors: a key that exists already, and one that does not exist. What else goes
-wrong is a VmrewindError of the backend that names the object.
+wrong is a VmrewindError of the backend that names the object. AlreadyExists may be the echo of one's own put, which an earlier try
+had brought there: who gets it compares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from vmrewind.errors import CorruptionError, RepositoryError
-from vmrewind.repository.url import CREDENTIALS_HINT, holds_credentials, redacted
 
 
 class AlreadyExists(Exception):
@@ -44,35 +42,15 @@ class Store(Protocol):
         """Bytes of the object, None if there is none."""
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, bytes) of every object whose key begins with ``prefix``, in order of keys (as strings of characters)."""
+        """(key, bytes) of every object whose key begins with ``prefix``, in no order that could be relied on."""
 
     def children(self, prefix: str) -> Sequence[str]:
-        """The components that follow ``prefix`` (empty, or ending in ``/``) in keys that go on behind them, sorted."""
+        """The components that follow ``prefix`` (empty, or ending in ``/``) in keys that go on behind them, sorted.
+
+        Some stores name one for a while although its last key was deleted."""
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""
-
-
-def open_store(url: str, *, create: bool = False) -> Store:
-    """The store that ``url`` names: a directory's path or file:// URL. Only with ``create`` is a missing directory made."""
-    from vmrewind.repository.directory import DirectoryStore
-
-    if holds_credentials(url):
-        raise RepositoryError(f"{redacted(url)}: the URL holds credentials, which anybody could read in it", CREDENTIALS_HINT)
-    scheme, separator, _ = url.partition("://")
-    if not separator:
-        if not url:
-            raise RepositoryError("the repository's URL is empty", "name a directory")
-        return DirectoryStore(Path(url).absolute(), url, create=create)
-    if scheme == "file":
-        parts = urlsplit(url)
-        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise RepositoryError(f"{url}: a file URL names no other host", "write file:///path, or just the path")
-        return DirectoryStore(Path(unquote(parts.path)), url, create=create)
-    raise RepositoryError(
-        f"{url}: this version keeps repositories in directories only (a path, or file:///path), not in {scheme}://",
-        "name a directory, for example one on a network file system",
-    )
 
 
 def get_or_corrupt(store: Store, key: str) -> bytes:

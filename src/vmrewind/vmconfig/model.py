@@ -17,8 +17,9 @@ from typing import Final, Literal
 
 import msgspec
 
-from vmrewind.errors import ConfigError, CorruptionError, VmStateError
+from vmrewind.errors import ConfigError, CorruptionError, RepositoryError, VmStateError
 from vmrewind.journal.runs import write_durably
+from vmrewind.repository.address import is_object_store, parse_address
 from vmrewind.repository.url import CREDENTIALS_HINT, holds_credentials, redacted
 
 ImageFormat = Literal["raw", "qcow2"]
@@ -224,22 +225,23 @@ def check_journal_size(key: str, size_bytes: int) -> None:
 
 
 def check_repository(key: str, text: str) -> None:
-    """This version's repositories are directories: an absolute path or ``file:///path``."""
+    """A directory (an absolute path or ``file:///path``), or a bucket in an object store."""
     if holds_credentials(text):
         raise Invalid(key, f"{redacted(text)!r} holds credentials, which anybody could read there", CREDENTIALS_HINT)
     _check_text(key, text)
     scheme, colon, rest = text.partition(":")
     if text.startswith("/") or (scheme == "file" and rest.startswith("///")):
         return
-    if colon and scheme in ("s3", "gs", "az"):
-        raise Invalid(
-            key,
-            f"{text!r} is in an object store, and this version of vmrewind supports directories only",
-            "give a directory: an absolute path or file:///path",
-        )
+    if is_object_store(text):
+        try:
+            parse_address(text)
+        except RepositoryError as error:
+            raise Invalid(key, str(error), error.hint) from None
+        return
+    places = "give a directory (an absolute path or file:///path), or s3://BUCKET/PREFIX, gs://…, az://…"
     if colon and rest.startswith("//"):
-        raise Invalid(key, f"{text!r} is no repository that vmrewind knows", "give a directory: an absolute path or file:///path")
-    raise Invalid(key, f"{text!r} is not an absolute path", "give the repository's directory as an absolute path")
+        raise Invalid(key, f"{scheme}:// is no place for a repository that vmrewind knows", places)
+    raise Invalid(key, f"{text!r} is not an absolute path", places)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

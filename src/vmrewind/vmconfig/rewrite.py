@@ -100,7 +100,7 @@ def protect_domain(
         current = read_protection(domain) if protection_elements(domain) else Protection(enabled=True)
         protection = msgspec.structs.replace(current, **{**changes, "enabled": True, "disk": disks})
         if protection.repository is None:
-            raise Invalid("repository", "none is given", "say where history is to be kept: --repository DIRECTORY")
+            raise Invalid("repository", "none is given", "say where history is to be kept: --repository URL")
         validate_protection(protection)
         kept = [_text(present[target]) for target in [*originals, *added]]
         for disk in disks:
