@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
@@ -56,8 +57,11 @@ class Latest:
 Moment = AtTime | AtSeq | AtBookmark | Latest
 
 
-def parse_moment(text: str, now_ns: int) -> Moment:
-    """A moment as the user wrote it; ``now_ns`` is the time now, ns since the epoch. Raises MomentError naming the forms."""
+def parse_moment(text: str, now_ns: int, ago: Callable[[int], int] | None = None) -> Moment:
+    """A moment as the user wrote it; ``now_ns`` is the time now, ns since the epoch. Raises MomentError naming the forms.
+
+    ``ago`` gives the time so many ns before now; without it clocks are taken for never stepped.
+    """
     text = text.strip()
     if text == "latest":
         return Latest()
@@ -68,7 +72,8 @@ def parse_moment(text: str, now_ns: int) -> Moment:
     if (match := _RELATIVE.fullmatch(text)) is not None:
         whole, _, fraction = match["amount"].partition(".")
         amount = int(whole) * _NS + int(fraction.ljust(9, "0") or 0)
-        return _at(now_ns - amount * _UNITS_NS[match["unit"]] // _NS, text)
+        age_ns = amount * _UNITS_NS[match["unit"]] // _NS
+        return _at(ago(age_ns) if ago is not None else now_ns - age_ns, text)
     if (match := _ISO.fullmatch(text)) is not None:
         return _at(_time_of(match, int(match["year"]), int(match["month"]), int(match["day"]), match["zone"], text), text)
     if (match := _TODAY.fullmatch(text)) is not None:

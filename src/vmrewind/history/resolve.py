@@ -11,6 +11,7 @@ from vmrewind.history.branch import Branch
 from vmrewind.history.coverage import Coverage, common
 from vmrewind.history.history import History
 from vmrewind.history.moments import AtBookmark, AtSeq, AtTime, Latest, Moment, format_time, parse_moment
+from vmrewind.history.steps import ago, steps
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position
 
@@ -23,7 +24,7 @@ def resolve(history: History, branch: Branch, text: str, targets: Sequence[str],
     """
     current_ns = history.opened_ns if at_ns is None else at_ns
     resolver = _Resolver(history, branch, targets, current_ns)
-    return resolver.resolve(parse_moment(text, current_ns), text)
+    return resolver.resolve(parse_moment(text, current_ns, resolver.ago), text)
 
 
 class _Resolver:
@@ -37,7 +38,12 @@ class _Resolver:
                 cause = coverage.gaps[-1].cause if coverage.gaps else "nothing was recorded yet"
                 raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", self._way_out())
         # After a step back of the wall clock the journal's time is ahead of it for a while.
+        self._current_ns = current_ns
         self._now_ns = max(current_ns, *(coverage.intervals[-1].last.time_ns for coverage in self._coverages))
+
+    def ago(self, age_ns: int) -> int:
+        """The journal's time so long ago; where it is ahead of all that is known, nothing was recorded since."""
+        return min(ago(steps(self._history, self._branch), self._current_ns, age_ns), self._now_ns)
 
     def resolve(self, moment: Moment, text: str) -> Position:
         match moment:

@@ -7,6 +7,7 @@ however long its history is. Damage inside a segment is found by whoever reads i
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from vmrewind.errors import CorruptionError
@@ -54,11 +55,11 @@ def _ranges(journal: Path, info: RunInfo, shipped: list[SegmentName], disk: int,
                 firsts.append((file.number, segment.header.first_seq))
         except (CorruptionError, FileNotFoundError):
             continue
-    for (number, first), following in zip(firsts, [*firsts[1:], None], strict=True):
-        if following is None:
-            found.append((first, last))
-        elif following[0] == number + 1:
-            found.append((first, following[1] - 1))
+    for (number, first), (following, then) in pairwise(firsts):
+        if following == number + 1:
+            found.append((first, then - 1))
+    if firsts:
+        found.append((firsts[-1][1], last))
     return found
 
 

@@ -1,0 +1,54 @@
+"""Whether a history can be gone on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.history_tools import MadeHistory
+from vmrewind.journal.runs import Position
+from vmrewind.start.continuity import goes_on
+
+
+def history(tmp_path: Path) -> tuple[MadeHistory, Position]:
+    made = MadeHistory(tmp_path, {"vda": 65536})
+    run = made.start()
+    for number in range(40):
+        made.write("vda", 0, bytes([number]) * 65536)
+    first_end = made.stop()
+    made.start(parent=first_end)
+    made.write("vda", 0, b"second run")
+    made.ship(run, 1, first_end.seq)
+    return made, made.stop()
+
+
+def goes(made: MadeHistory, end: Position) -> bool:
+    return goes_on(made.journal, made.repository, made.infos.values(), end, "vda", 65536)
+
+
+def test_a_run_of_which_no_segment_is_left_here_is_had_from_the_repository(tmp_path: Path) -> None:
+    made, end = history(tmp_path)
+    assert goes(made, end)
+    parent = made.infos[made.run].parent
+    assert parent is not None
+    for path in made.segment_paths():
+        if path.name.startswith(f"{parent.run:016x}"):
+            path.unlink()
+    assert goes(made, end)
+
+
+def test_a_run_of_which_nothing_is_left_anywhere_ends_it(tmp_path: Path) -> None:
+    made, end = history(tmp_path)
+    for path in made.segment_paths():
+        path.unlink()
+    assert not goes(made, end)
+
+
+def test_a_hole_between_segments_ends_it(tmp_path: Path) -> None:
+    made = MadeHistory(tmp_path, {"vda": 65536})
+    made.start()
+    for number in range(60):
+        made.write("vda", 0, bytes([number]) * 60000)
+    end = made.stop()
+    assert goes(made, end)
+    made.segment_paths()[1].unlink()
+    assert not goes(made, end)
