@@ -10,6 +10,8 @@ from typing import Any, Final
 
 LINE_MAX: Final = 64 << 10
 """Longest instruction, bytes."""
+_TURN: Final = 4 << 10
+"""What is received before the disks have their turn, bytes: some hundred instructions at most."""
 
 Answer = Callable[[dict[str, Any]], None]
 
@@ -27,7 +29,7 @@ class ControlClient:
     def readable(self) -> bool:
         """Receive and carry out what is complete; False when the client is gone or talks nonsense."""
         try:
-            received = self._sock.recv(LINE_MAX)
+            received = self._sock.recv(_TURN)
         except BlockingIOError:
             return True
         except OSError:
