@@ -112,6 +112,7 @@ class Capture:
         self.control_path = runtime / f"{name}.control"
         self._listeners = (_listen(self.socket_path), _listen(self.control_path))
         self.process: subprocess.Popen[bytes] | None = None
+        self._resuming = False
         self.ready: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
@@ -127,7 +128,7 @@ class Capture:
             self._reap()
         for listener in self._listeners:
             listener.close()
-        for path in (self.socket_path, self.control_path):
+        for path in (self.socket_path, self.control_path, self.socket_path.with_suffix(".dirty")):
             path.unlink(missing_ok=True)
 
     def assignment(self) -> dict[str, Any]:
@@ -151,12 +152,13 @@ class Capture:
             "control_fd": self._listeners[1].fileno(),
             "events": str(self.events_path),
             "on_journal_full": self.full,
+            "dirty_map": str(self.socket_path.with_suffix(".dirty")),
+            "resuming": self._resuming,
         }
 
     def start(self) -> Self:
         """Start the process and wait until it serves; raises the error that it reports."""
-        program = ["-m", "vmrewind.capture"] if self.trace_path is None else ["-c", _TRACER, str(self.trace_path)]
-        command = [sys.executable, *program, "--journal", str(self.journal), "--journal-size", str(self.journal_size)]
+        command = [sys.executable, *self._program(), "--journal", str(self.journal), "--journal-size", str(self.journal_size)]
         with open(self.stderr_path, "ab") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -171,10 +173,14 @@ class Capture:
             self.process.stdin.write(json.dumps(self.assignment()).encode() + b"\n")
             self.process.stdin.close()
             self.ready = self._expect("ready")
+            self._resuming = True
         except BaseException:
             self.close()
             raise
         return self
+
+    def _program(self) -> list[str]:
+        return ["-m", "vmrewind.capture"] if self.trace_path is None else ["-c", _TRACER, str(self.trace_path)]
 
     def _expect(self, event: str) -> dict[str, Any]:
         message = self.said()

@@ -21,7 +21,7 @@ from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.pool import JournalFull, Recycling, SegmentPool
 from vmrewind.journal.reader import Segment, SegmentFile, segment_files
-from vmrewind.journal.writer import JournalWriter
+from vmrewind.journal.writer import LAST_WORD_ROOM, JournalWriter
 
 Rec = tuple[int, int, int, int, bytes]
 """op, disk, offset, length, payload."""
@@ -151,13 +151,17 @@ def test_what_could_be_written_can_be_voided(tmp_path: Path) -> None:
         commit(writer, [write(0, largest)])
         commit(writer, [write(0, largest)])
         left = MIB - fmt.SEGMENT_HEADER_SIZE - 88 - len(largest)
-        commit(writer, [write(0, fill_byte(left - 88 - 88 - room, 2))])
+        commit(writer, [write(0, fill_byte(left - 88 - 88 - room - LAST_WORD_ROOM, 2))])
         try:
             seq = commit(writer, [write(0, b"8 bytes.")])
         except JournalFull:
             refused += 1
         else:
             writer.void([seq], 0)
+        # And a gap can be declared, however full the journal is and whatever its cause.
+        assert writer.last_word(fmt.Event.GAP_BEGIN, {"cause": "\N{DROPLET}" * 120, "since_ns": 1 << 62}) == writer.next_seq - 1
+        with pytest.raises(JournalFull):
+            commit(writer, [write(0, b"8 bytes.")])
         close(writer)
     assert 0 < refused < 50
 

@@ -98,7 +98,7 @@ def changed(old: str, new: str) -> bytes:
         ('enabled="yes"', 'enabled="true"', "protection/@enabled: 'true' is none of"),
         ('enabled="yes"', 'enabled="yes" repo="x"', "protection/@repo: this attribute is not known"),
         ('enabled="yes"', 'enabled="yes" ship="never"', "protection/@ship: 'never' is none of"),
-        ('enabled="yes"', 'enabled="yes" on-journal-full="bypass"', "does not have 'bypass'"),
+        ('enabled="yes"', 'enabled="yes" on-journal-full="stop"', "protection/@on-journal-full: 'stop' is none of"),
         ('enabled="yes"', 'enabled="yes" on-failure="hope"', "protection/@on-failure: 'hope' is none of"),
         ('enabled="yes"', 'enabled="yes" journal="j"', "protection.journal: 'j' is not an absolute path"),
         ('enabled="yes"', 'enabled="yes" journal-size="1"', "protection.journal_size: 1 bytes"),

@@ -193,7 +193,6 @@ def with_disk(lines: str) -> str:
         (with_protection('repository = "ftp://x"'), "no place for a repository"),
         (with_protection('repository = "file://host/x"'), "protection.repository"),
         (with_protection('ship = "always"'), "protection.ship: 'always' is none of 'auto', 'on-demand'"),
-        (with_protection('on_journal_full = "bypass"'), "does not have 'bypass'"),
         (with_protection('on_journal_full = "stop"'), "protection.on_journal_full"),
         (with_protection('on_failure = "ignore"'), "protection.on_failure"),
         (with_protection('journal = ""'), "protection.journal: the value is empty"),

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from vmrewind.capture.dirty import DirtyMap
 from vmrewind.capture.image import Image
 from vmrewind.capture.policy import POLICIES, FullPolicy
 from vmrewind.capture.recovery import End, find_end, recovery_point, replay, seal, segments_after
@@ -34,6 +35,7 @@ from vmrewind.journal.runs import ImageIdentity, private_directory, sync_directo
 from vmrewind.journal.state import StatePage
 from vmrewind.journal.writer import JournalWriter
 
+_LOST: Final = "{}: this run's journal is not there any more: it was deleted while the VM was running"
 _M_MMAP_THRESHOLD: Final = -3
 
 
@@ -107,9 +109,10 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
         raise ConfigError(f"on_journal_full: {assignment['on_journal_full']!r} is none of {', '.join(POLICIES)}")
     run = int(assignment["run"], 16)
     state = StatePage(journal)
+    lost = bool(assignment.get("resuming")) and state.run != run
     end: End | None = None
     point = recovery_point(state)
-    images = open_images(assignment["disks"], resuming=state.run == run)
+    images = open_images(assignment["disks"], resuming=state.run == run or lost)
     if state.run == run:
         end = find_end(journal, run, point)
         readable = (end.readable or end) if end is not None else None
@@ -140,8 +143,16 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
     if end is not None:
         unsynced = [path for path in segments_after(journal, run, state.checkpoint) if path != end.segment]
         writer.resume(end.segment, end.number, end.position, unsynced)
-    server = Server(journal, pool, writer, state, clock, images, events, policy)
-    if end is None:
+    dirty = None
+    if policy.name == "bypass":
+        dirty = DirtyMap(Path(assignment["dirty_map"]), run, {image.index: image.size for image in images})
+    server = Server(journal, pool, writer, state, clock, images, events, policy, dirty)
+    if lost:
+        # Whatever is at that place now, it is not this run's journal: nothing is added to it.
+        writer.abandon()
+        if not server.bypass.begin(_LOST.format(journal)):
+            raise CorruptionError(_LOST.format(journal), "stop the VM and start it again: its history goes on with a new base")
+    elif end is None:
         # From here on the images may move away from what the last run left: its word about them goes first.
         (journal / "head.json").unlink(missing_ok=True)
         sync_directory(journal)

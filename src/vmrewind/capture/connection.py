@@ -165,7 +165,8 @@ class Connection:
 
     def _serve_batch(self) -> bool:
         """Serve one batch from the window; False if there is no complete request left in it."""
-        if self.server.refused and not self.server.settle():
+        bypass = self.server.bypass
+        if self.server.refused and not self.server.settle() and not bypass.begin(_UNSETTLED):
             self._hold(_UNSETTLED)
             return False
         if self._large_write is not None:
@@ -309,11 +310,14 @@ class Connection:
                 self._end()
             return False
         if records:
-            try:
-                first_seq = writer.commit(records, payloads, payload_length)
-            except JournalFull as full:
-                self._hold(str(full))
-                return False
+            first_seq = None
+            if not bypass.on:
+                try:
+                    first_seq = writer.commit(records, payloads, payload_length)
+                except JournalFull as full:
+                    if not bypass.begin(str(full)):
+                        self._hold(str(full))
+                        return False
             failed = self._apply(operations, first_seq)
             if failed:
                 replies.extend(failed.items())
@@ -344,8 +348,14 @@ class Connection:
             self._end()
         return True
 
-    def _apply(self, operations: list[Operation], first_seq: int) -> dict[int, int]:
-        """Carry out a committed batch on the image; returns {cookie: error} of what the image refused."""
+    def _apply(self, operations: list[Operation], first_seq: int | None) -> dict[int, int]:
+        """Carry out a committed batch on the image; returns {cookie: error} of what the image refused.
+
+        ``first_seq`` None: the batch was not committed, as the journal is bypassed.
+        """
+        if first_seq is None:
+            for _, _, offset, length, _, _ in operations:
+                self.server.bypass.mark(self.disk.index, offset, length)
         image = self.disk.image
         fd = image.fd
         pwrite = os.pwrite
@@ -369,10 +379,14 @@ class Connection:
                     image.write(payload, offset)
             except OSError as error:
                 failed[cookie] = nbd.wire_error(error.errno)
-                voided.append(first_seq + record)
-                ranges.append((offset, length))
+                if first_seq is not None:
+                    voided.append(first_seq + record)
+                    ranges.append((offset, length))
         server = self.server
-        if voided:
+        if first_seq is None:
+            if failed:
+                server.image_failed(self.disk, failed.values())
+        elif voided:
             server.image_refused(self.disk, voided, ranges, sorted(set(failed.values())))
         else:
             server.state.set_applied(server.writer.next_batch - 1)
@@ -390,11 +404,14 @@ class Connection:
             fmt.RECORD.pack_into(
                 writer.table, writer.table_at, large.offset, length, self.disk.index, fmt.Op.WRITE, large.flags, _xxh3(piece)
             )
-            try:
-                seq = writer.commit(1, (piece, _PADDING[-length & 7]), fmt.padded(length))
-            except JournalFull as full:
-                self._hold(str(full))
-                return False
+            seq = None
+            if not self.server.bypass.on:
+                try:
+                    seq = writer.commit(1, (piece, _PADDING[-length & 7]), fmt.padded(length))
+                except JournalFull as full:
+                    if not self.server.bypass.begin(str(full)):
+                        self._hold(str(full))
+                        return False
             large.error = self._apply([(0, piece, large.offset, length, 0, large.cookie)], seq).get(large.cookie, 0)
         self._start = start + length
         large.offset += length

@@ -3,12 +3,18 @@
 The journal is the images' write-ahead log, so a flush syncs the journal only; flushes that arrive while a sync runs share the
 next one. The images are synced by checkpoints, each behind a sync of the journal, in a thread that a flush never waits for.
 
+While the journal is bypassed (bypass.py), and for a flush whose journal sync failed, the images are synced instead or as well. What
+is said then of the journal's replay matters: after the host's death an old journal must not be put over what was promised. So such
+a flush is answered only when the checkpoint is on stable storage too, in ``capture.state`` or on each image itself (level.py). If
+neither can be had, it waits: the guest is neither told an untruth nor an error.
+
 An image that can't be synced has lost writes, and asking again would only seem to succeed: the kernel forgets what it could not
 write. The journal has those writes, so capture ends, and the one that takes its place replays them.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +23,7 @@ from queue import SimpleQueue
 from typing import Final, NoReturn, Protocol
 
 from vmrewind.capture.image import Image
+from vmrewind.capture.level import forget_level, note_level
 from vmrewind.errors import ImageError
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import sync_directory
@@ -38,8 +45,6 @@ class Worker:
         self._jobs: SimpleQueue[tuple[Callable[[], int], Callable[[int], None]] | None] = SimpleQueue()
         self._post = post
         self.busy = False
-        self.error = 0
-        """What the last job that failed returned; there for ``Durability.finish``, when no completion is run any more."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -52,8 +57,6 @@ class Worker:
         while (item := self._jobs.get()) is not None:
             job, done = item
             result = job()
-            if result:
-                self.error = result
 
             def complete(done: Callable[[int], None] = done, result: int = result) -> None:
                 self.busy = False
@@ -67,12 +70,15 @@ class Worker:
         self._thread.join()
 
 
+_NOT_YET: Final = -1
+"""A flush's result: it can't be promised now, ask again later."""
+
 CHECKPOINT_SECONDS: Final = 30
 """Longest time that image writes stay unsynced: it bounds what is replayed after the host's death."""
 
 
 class Durability:
-    """Knows what is dirty and who waits."""
+    """Knows what is dirty and who waits. Used by the loop's thread, except where a worker's job is."""
 
     def __init__(
         self,
@@ -92,6 +98,26 @@ class Durability:
         self._checkpointer = Worker("checkpoint", post)
         self._checkpointing = False
         self._waiting: list[tuple[Waiter, int]] = []
+        self.images_too = False
+        """Whether the images hold writes that the journal does not, so that a flush must sync them."""
+        self._bypasses = 0
+        self._journal_only_next = False
+        self._image_error = 0
+        """What an image's sync failed with: the kernel tells it once, to whichever thread asks."""
+        self._journal_fails = False
+        self._waits = False
+        self._level = threading.Lock()
+        self._level_durable = -1
+        self._level_on_images = False
+
+    def bypass_began(self) -> None:
+        """From now on the images get writes that are not journaled."""
+        self._bypasses += 1
+        self.images_too, self._journal_only_next = True, False
+
+    def bypass_ended(self) -> None:
+        """Everything is journaled again; the images need one more sync."""
+        self._journal_only_next = True
 
     def flush(self, waiter: Waiter, cookie: int) -> None:
         """Tell ``waiter`` once everything journaled so far is on stable storage."""
@@ -101,26 +127,47 @@ class Durability:
 
     def sync_if_dirty(self) -> None:
         """Sync the journal unless nothing was written since the last time; called once a second."""
-        if self._writer.dirty and not self._flusher.busy:
+        if (self._writer.dirty or self._waiting or self._journal_only_next) and not self._flusher.busy:
             self._start_flush()
 
     def _start_flush(self) -> None:
         waiters, self._waiting = self._waiting, []
+        journaled = self._writer.dirty
         finished, current, rolled = self._writer.take_unsynced()
+        images_too, batch = self.images_too, self._state.applied
+        last_of = self._bypasses if self._journal_only_next else None
 
         def done(error: int) -> None:
+            if error == _NOT_YET:
+                # The next second's tick tries again.
+                self._waiting = waiters + self._waiting
+                return
+            if last_of == self._bypasses and not error:
+                self.images_too = self._journal_only_next = False
             for waiter, cookie in waiters:
                 waiter.flushed(cookie, error)
-            if error:
+            if error and not images_too:
                 self._images_lost_writes(error)
             if self._waiting and not self._flusher.busy:
                 self._start_flush()
 
-        self._flusher.submit(lambda: self._sync_journal(finished, current, rolled), done)
+        def sync() -> int:
+            # While it is bypassed, nothing waits for a journal that may take long to fail.
+            if (journaled or not images_too) and self._sync_journal(finished, current, rolled) and not images_too:
+                return 0
+            return self._sync_images_instead(batch)
 
-    def _sync_journal(self, finished: list[int], current: int, rolled: bool) -> int:
+        self._flusher.submit(sync, done)
+
+    def _sync_images_instead(self, batch: int) -> int:
+        """Have the images hold what a flush promises, everything up to ``batch`` and whatever is not journaled."""
+        return self._sync_images() or self._say_level(batch)
+
+    def _sync_journal(self, finished: list[int], current: int, rolled: bool) -> bool:
         try:
             try:
+                if os.fstat(current).st_nlink == 0:
+                    raise FileNotFoundError(errno.ENOENT, "the segment was deleted")
                 for fd in finished:
                     os.fdatasync(fd)
                 os.fdatasync(current)
@@ -132,18 +179,49 @@ class Durability:
         except OSError as error:
             # The kernel forgets pages whose writing failed, so trying again would only seem to succeed. The images hold
             # the same writes: syncing them keeps the promise that a flush gives to the guest.
-            self._events.write("journal.sync-failed", error=str(error), journal=str(self._journal))
-            return self._sync_images()
+            if not self._journal_fails:
+                self._events.write("journal.sync-failed", error=str(error), journal=str(self._journal))
+            self._journal_fails = True
+            return False
+        self._journal_fails = False
+        return True
+
+    def _say_level(self, batch: int) -> int:
+        """Say, durably, that the images, which were synced, hold everything up to ``batch``."""
+        with self._level:
+            if self._image_error or batch <= self._level_durable:
+                return self._image_error
+            try:
+                self._set_checkpoint(batch)
+            except OSError:
+                try:
+                    for image in self._images:
+                        note_level(image.fd, self._writer.run, batch)
+                except OSError as error:
+                    if not self._waits:
+                        self._waits = True
+                        self._events.write("flush.waits", error=str(error), journal=str(self._journal))
+                    return _NOT_YET
+                self._level_durable, self._level_on_images = batch, True
+            self._waits = False
         return 0
 
+    def _set_checkpoint(self, batch: int) -> None:
+        # Two threads sync images; the one that began later may be done first.
+        self._state.set_checkpoint(max(batch, self._state.checkpoint))
+        self._level_durable, self._level_on_images = max(batch, self._level_durable), False
+
     def _sync_images(self) -> int:
-        try:
-            for image in self._images:
-                image.sync()
-        except OSError as error:
-            self._events.write("image.sync-failed", error=str(error))
-            return error.errno or 5
-        return 0
+        with self._level:
+            if self._image_error:
+                return self._image_error
+            try:
+                for image in self._images:
+                    image.sync()
+            except OSError as error:
+                self._events.write("image.sync-failed", error=str(error))
+                self._image_error = error.errno or errno.EIO
+            return self._image_error
 
     def checkpoint(self) -> None:
         """Start a checkpoint unless one is running or there is nothing to do."""
@@ -157,7 +235,10 @@ class Durability:
         if error := self._sync_images():
             return error
         try:
-            self._state.set_checkpoint(batch)
+            with self._level:
+                if self._image_error:
+                    return self._image_error
+                self._set_checkpoint(batch)
         except OSError as failure:
             # The page's number is right whenever it gets to the disk; until then an older one only means more to replay.
             self._events.write("journal.sync-failed", error=str(failure), journal=str(self._journal))
@@ -165,11 +246,13 @@ class Durability:
 
     def _checkpointed(self, error: int) -> None:
         self._checkpointing = False
-        if error:
+        if error and not self.images_too:
             self._images_lost_writes(error)
 
     def _images_lost_writes(self, error: int) -> NoReturn:
-        self._state.set_applied(self._state.checkpoint)
+        if not self.images_too:
+            # The journal has them all, and nothing newer is in the images: the next capture replays them.
+            self._state.set_applied(self._state.checkpoint)
         raise ImageError(
             f"an image cannot be written to stable storage: {os.strerror(error)}",
             "free space where the images are, or repair what they lie on; the journal keeps their writes until then",
@@ -180,12 +263,12 @@ class Durability:
         self._flusher.stop()
         self._checkpointer.stop()
         finished, current, rolled = self._writer.take_unsynced()
-        error = self._sync_journal(finished, current, rolled) or self._sync_images()
-        # The kernel tells once that it lost a write: a job that was under way may be the one that it told.
-        error = self._flusher.error or self._checkpointer.error or error
-        if error:
+        self._sync_journal(finished, current, rolled)
+        if error := self._sync_images():
             self._images_lost_writes(error)
-        self._state.set_checkpoint(self._state.applied)
+        if not self._say_level(self._state.applied) and not self._level_on_images:
+            for image in self._images:
+                forget_level(image.fd)
 
 
 class _JournalSynced:

@@ -54,6 +54,8 @@ def status(server: Server) -> dict[str, Any]:
         "batch": writer.next_batch - 1,
         "batch_checkpointed": server.state.checkpoint,
         "journal_full": server.holding,
+        "journal_deleted": server.pool.deleted,
+        "bypass": server.bypass.status(),
         "disks": {
             target: {
                 "image": disk.image.path,
@@ -71,6 +73,9 @@ def _mark(server: Server, request: dict[str, Any], answer: Answer) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
         message = "a bookmark's name is 1 to 200 printable characters, without white space at its ends"
         answer({"ok": False, "kind": "usage", "message": message})
+        return
+    if server.bypass.is_open:
+        answer({"ok": False, "kind": "space", "message": "the VM's history has a gap now, which no bookmark can be set in"})
         return
     seq = server.record_event(fmt.Event.BOOKMARK, {"name": name})
     if seq is None:
@@ -105,6 +110,10 @@ def _resync(server: Server, request: dict[str, Any], answer: Answer) -> None:
     if request.get("run") != fmt.run_name(server.writer.run):
         # A resync that outlived its run compares with the wrong history: it must not close a gap of this one.
         answer({"ok": False, "kind": "usage", "message": "this capture serves another run"})
+        return
+    if server.bypass.is_open:
+        # What closes this gap would be taken for the end of that one.
+        answer({"ok": False, "kind": "vm-state", "message": "a resync has to wait until the gap that is open is closed"})
         return
     if disk is None or not _are_ranges(ranges, disk.size) or not isinstance(request.get("close", False), bool):
         answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})

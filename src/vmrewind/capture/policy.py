@@ -15,14 +15,15 @@ from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader
 from vmrewind.journal.state import StatePage
 from vmrewind.journal.writer import JournalWriter
 
-POLICIES: Final = ("drop-history", "block")
+POLICIES: Final = ("drop-history", "bypass", "block")
 _SHIPPED_READ_SECONDS: Final = 0.05
 RUN_DONE: Final = (1 << 64) - 1
 """In ``shipped.json``: nothing more of this run is to be carried, whatever its last record is."""
 
 
 class FullPolicy:
-    """``drop-history``: the oldest history goes, shipped or not. ``block``: only what ship has carried away; the guest waits.
+    """``drop-history``: the oldest history goes, shipped or not. ``block`` and ``bypass``: only what ship has carried away;
+    else the guest waits, or writes on without history.
 
     Either way a segment whose writes are not yet on the images' stable storage stays: it is their write-ahead log.
     """
@@ -33,6 +34,12 @@ class FullPolicy:
         self._state = state
         self._shipped: dict[int, int] = {}
         self._read_at = 0.0
+        self._waits_for_checkpoint = False
+
+    def waits_for_checkpoint(self) -> bool:
+        """Whether a segment would have been recycled but for a checkpoint, since this was last asked."""
+        waits, self._waits_for_checkpoint = self._waits_for_checkpoint, False
+        return waits
 
     def checkpoint_due(self, writer: JournalWriter, state: StatePage) -> bool:
         """Whether a whole segment was written since the last checkpoint, so that the pool might soon find nothing to recycle."""
@@ -42,10 +49,11 @@ class FullPolicy:
         """The verdict on one live segment."""
         successor = self._successor(segment)
         if segment.run == self._state.run and (successor is None or successor.first_batch - 1 > self._state.checkpoint):
+            self._waits_for_checkpoint = successor is not None and self._is_shipped(segment, successor)
             return Recycling.NO
         if self._is_shipped(segment, successor):
             return Recycling.FREE
-        return Recycling.NO if self.name == "block" else Recycling.DROPS
+        return Recycling.DROPS if self.name == "drop-history" else Recycling.NO
 
     def _successor(self, segment: SegmentFile) -> SegmentHeader | None:
         """The header of the run's next segment; where that can't be read, of the first behind it that can."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.image import Image
+from vmrewind.capture.level import noted_level
 from vmrewind.capture.since import forget, last_activity_ns, leave_mark, remember, remembered, was_used
 from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
@@ -246,6 +247,9 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
         point = recovery_point(state)
         host_died = state.boot != boot_id()
         images = _open_images(info)
+        if host_died:
+            # A capture whose journal took no more words left them on the images.
+            point = max(point, min((noted_level(image.fd, run) for image in images.values()), default=0))
         try:
             # After the host's death any page may be missing: everything since the checkpoint is verified again.
             end = find_end(journal, run, point)

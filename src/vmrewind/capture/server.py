@@ -15,13 +15,15 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from vmrewind.capture.bypass import Bypass
 from vmrewind.capture.connection import Connection
 from vmrewind.capture.control import ControlClient
+from vmrewind.capture.dirty import DirtyMap
 from vmrewind.capture.disk import Disk, export_of
 from vmrewind.capture.durability import CHECKPOINT_SECONDS, Durability
 from vmrewind.capture.greeting import Greeter
@@ -55,6 +57,13 @@ class _Refused:
     ranges: list[tuple[int, int]]
 
 
+class _Nobody:
+    """Waits for a flush that nobody asked for."""
+
+    def flushed(self, cookie: int, error: int) -> None:
+        """Nothing follows."""
+
+
 class Server:
     """Serves the disks of one run until told to stop."""
 
@@ -68,6 +77,7 @@ class Server:
         images: list[Image],
         events: EventLog,
         policy: FullPolicy,
+        dirty: DirtyMap | None,
     ) -> None:
         self.journal = journal
         self.writer = writer
@@ -98,6 +108,7 @@ class Server:
         self._hold_began_ns = 0
         self._ticks = 0
         self.durability = Durability(journal, writer, state, images, events, self.post)
+        self.bypass = Bypass(self, dirty)
 
     # -- the loop
 
@@ -106,12 +117,16 @@ class Server:
         next_tick = time.monotonic() + _TICK_SECONDS
         while not self._stopping:
             timeout = _HOLD_RETRY_SECONDS if self._held else max(0.0, next_tick - time.monotonic())
+            if self.bypass.resyncs_now:
+                timeout = 0.0
             for fd, events in self._epoll.poll(timeout):
                 # A handler may have closed what another event of the same poll is about.
                 if (handler := self._handlers.get(fd)) is not None:
                     handler(events)
             if self._held:
                 self._retry_held()
+            if self.bypass.resyncs_now:
+                self.bypass.resync()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_SECONDS
                 self._tick()
@@ -144,6 +159,9 @@ class Server:
         if step is not None:
             self.events.write("clock.step", step_seconds=step / 1e9)
             self.record_event(fmt.Event.CLOCK, {"step_ns": step})
+        if self.writer.deleted and not self.pool.deleted:
+            self._journal_deleted()
+        self.bypass.tick()
         self.durability.sync_if_dirty()
         if self._ticks % CHECKPOINT_SECONDS == 0 or self.policy.checkpoint_due(self.writer, self.state):
             self.durability.checkpoint()
@@ -155,6 +173,14 @@ class Server:
         if self.refused:
             self.settle()
         self._greeter.drop_overdue()
+
+    def _journal_deleted(self) -> None:
+        # What is flushed from now on must be in the images. Until the last second it was in files without a name.
+        self.events.write("journal.deleted", journal=str(self.journal), seq=self.writer.next_seq - 1)
+        self.writer.abandon()
+        self.bypass.begin("the journal's directory was deleted")
+        self.durability.bypass_began()
+        self.durability.flush(_Nobody(), 0)
 
     def _declare_dropped(self) -> None:
         for dropped in self.writer.dropped:
@@ -288,6 +314,11 @@ class Server:
         """Whether a client's requests wait for room in the journal."""
         return bool(self._held)
 
+    @property
+    def held_seconds(self) -> float:
+        """How long the oldest of them has been waiting."""
+        return (time.monotonic_ns() - self._hold_began_ns) / 1e9 if self._hold_began_ns else 0.0
+
     def hold(self, connection: Connection, reason: str) -> None:
         """The journal has no room for this client's batch: serve nothing of it until it has."""
         self.want_nothing(connection)
@@ -313,6 +344,8 @@ class Server:
 
     def record_event(self, kind: fmt.Event, content: dict[str, Any]) -> int | None:
         """Write an event record; its seq, or None if the journal has no room now."""
+        if self.bypass.on and kind is not fmt.Event.STOP:
+            return None
         if self.refused and not self.settle():
             return None
         try:
@@ -324,9 +357,13 @@ class Server:
 
     def image_refused(self, disk: Disk, seqs: list[int], ranges: list[tuple[int, int]], errors: list[int]) -> None:
         """The image refused records of the last batch: void them, and journal what it holds where they went."""
-        self.events.write("image.write-failed", disk=disk.target, errors=[os.strerror(e) for e in errors])
+        self.image_failed(disk, errors)
         self.refused.append(_Refused(disk, seqs, ranges))
         self.settle()
+
+    def image_failed(self, disk: Disk, errors: Iterable[int]) -> None:
+        """The image refused writes: say so."""
+        self.events.write("image.write-failed", disk=disk.target, errors=[os.strerror(e) for e in sorted(set(errors))])
 
     def _watch(self, disk: Disk) -> None:
         """See whether somebody does to the image's file what nobody should."""
@@ -354,6 +391,9 @@ class Server:
 
         Nothing else is journaled before that is done.
         """
+        if self.bypass.on:
+            self.bypass.absorb()
+            return True
         try:
             for refused in list(self.refused):
                 if refused.seqs:
@@ -395,9 +435,12 @@ class Server:
             listener.close()
         # The end of a run is worth a segment beyond the quota: without it the next start could not trust the images.
         self.pool.stretch = True
-        ended = self.record_event(fmt.Event.STOP, {})
+        gap = self.bypass.cause
+        ended = self.record_event(fmt.Event.STOP, {}) if self.bypass.declare() else None
         if ended is None:
             self.events.write("capture.unclean-stop", reason="the journal has no room for the end of the run")
+            if self.durability.images_too:
+                self.durability.finish()
             return
         self._declare_dropped()
         self.durability.finish()
@@ -405,8 +448,9 @@ class Server:
         for disk, _, _ in self.unread:
             disk.doubtful = True
         # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
-        identities = {t: disk.image.identity() for t, disk in self.disks.items() if not (disk.doubtful or disk.replaced)}
-        write_durably(self.journal / "head.json", Head(position, identities).to_json())
+        known = [] if gap else [disk for disk in self.disks.values() if not (disk.doubtful or disk.replaced)]
+        identities = {disk.target: disk.image.identity() for disk in known}
+        write_durably(self.journal / "head.json", Head(position, identities, gap).to_json())
         self.events.write("capture.stopped", seq=ended)
         for disk in self.disks.values():
             disk.image.close()

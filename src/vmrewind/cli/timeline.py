@@ -157,5 +157,7 @@ def _detail(event: JournalEvent) -> str:
             return f"@{event.content.get('name', '')}"
         case Event.CLOCK:
             return f"{event.content.get('step_ns', 0) / 1e9:+.3f} s"
+        case Event.GAP_BEGIN:
+            return str(event.content.get("cause", ""))
         case _:
             return str(event.content.get("unreadable", ""))

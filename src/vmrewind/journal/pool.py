@@ -68,6 +68,8 @@ class SegmentPool:
         """Bytes that segments, live and free, may take."""
         self.stretch = False
         """Rather exceed the quota than raise JournalFull."""
+        self.deleted = False
+        """The journal's directory is gone: another one of that name is not this journal."""
         self.dropped: list[Recycled] = []
         """History that was recycled to make room, for the caller to declare and clear."""
         self._free: list[Path] = []
@@ -127,6 +129,8 @@ class SegmentPool:
         What history is lost by it is added to ``dropped``. Raises JournalFull. The caller makes the directory entry durable
         before it promises anything about the segment's content.
         """
+        if self.deleted:
+            raise JournalFull("the journal's directory was deleted")
         try:
             if self._free:
                 path = self._free[-1]

@@ -134,6 +134,8 @@ class Head:
 
     position: Position
     images: Mapping[str, ImageIdentity]
+    gap: str | None = None
+    """The cause of a gap that was open when the run ended; ``images`` is empty then."""
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -142,7 +144,7 @@ class Head:
             "seq": self.position.seq,
             "time_ns": self.position.time_ns,
             "images": {target: asdict(identity) for target, identity in self.images.items()},
-        }
+        } | ({"gap": self.gap} if self.gap is not None else {})
         return json.dumps(plain, indent=1).encode() + b"\n"
 
     @classmethod
@@ -151,7 +153,7 @@ class Head:
         try:
             plain: dict[str, Any] = json.loads(data)
             images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
-            return cls(_position(plain), images)
+            return cls(_position(plain), images, plain.get("gap"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(
                 f"{origin}: not a head description: {error!r}",

@@ -25,6 +25,8 @@ Buffer = bytes | bytearray | memoryview
 
 _PADDING: Final = tuple(bytes(n) for n in range(fmt.ALIGNMENT))
 _xxh3 = xxhash.xxh3_64_intdigest
+LAST_WORD_ROOM: Final = 2048
+"""Bytes that are always left in a segment for one event more."""
 
 
 class JournalWriter:
@@ -78,7 +80,7 @@ class JournalWriter:
     @property
     def payload_max(self) -> int:
         """Most payload bytes that fit into one batch of any number of records."""
-        return self._pool.segment_size - fmt.SEGMENT_HEADER_SIZE - 2 * len(self._head)
+        return self._pool.segment_size - fmt.SEGMENT_HEADER_SIZE - 2 * len(self._head) - LAST_WORD_ROOM
 
     @property
     def dropped(self) -> list[Recycled]:
@@ -92,9 +94,10 @@ class JournalWriter:
         IOV_MAX is 1,024); ``payload_length`` is their total in bytes. Returns the first record's seq. Raises JournalFull if there
         is no room or the journal's storage refuses: nothing of it counts then.
 
-        As much space as voiding all of these records takes is left behind them: what the image refuses can always be voided.
+        As much space as voiding all of these records takes is left behind them: what the image refuses can always be voided. So is
+        some for ``last_word``.
         """
-        return self._append(count, payloads, payload_length, fmt.BATCH.size + count * fmt.RECORD.size)
+        return self._append(count, payloads, payload_length, fmt.BATCH.size + count * fmt.RECORD.size + LAST_WORD_ROOM)
 
     def _append(self, count: int, payloads: Sequence[Buffer], payload_length: int, reserve: int) -> int:
         head_length = fmt.BATCH.size + count * fmt.RECORD.size
@@ -131,10 +134,18 @@ class JournalWriter:
 
     def event(self, kind: fmt.Event, content: dict[str, Any], disk: int = fmt.ALL_DISKS) -> int:
         """Write one event record in a batch of its own; returns its seq. Same errors as ``commit``."""
+        payload = self._pack_event(kind, content, disk)
+        return self.commit(1, (payload,), len(payload))
+
+    def last_word(self, kind: fmt.Event, content: dict[str, Any]) -> int:
+        """As ``event``, of the whole VM, for which a full journal has kept room."""
+        payload = self._pack_event(kind, content, fmt.ALL_DISKS)
+        return self._append(1, (payload,), len(payload), 0)
+
+    def _pack_event(self, kind: fmt.Event, content: dict[str, Any], disk: int) -> bytes:
         payload = json.dumps(content, separators=(",", ":")).encode()
         fmt.RECORD.pack_into(self.table, self.table_at, 0, len(payload), disk, fmt.Op.EVENT, kind, _xxh3(payload))
-        padded = fmt.padded(len(payload))
-        return self.commit(1, (payload.ljust(padded, b"\0"),), padded)
+        return payload.ljust(fmt.padded(len(payload)), b"\0")
 
     def write(self, disk: int, offset: int, data: bytes | None, length: int) -> int:
         """Write one WRITE record with ``data``, or one ZERO record of ``length`` bytes, in a batch of its own; returns its seq."""
@@ -163,8 +174,18 @@ class JournalWriter:
         self._fd, self._size = fd, size
         self._position = fmt.SEGMENT_HEADER_SIZE
         self.segment_number += 1
-        self._rolled = True
+        self._dirty = self._rolled = True
         self.segment_first_batch = self.next_batch
+
+    @property
+    def deleted(self) -> bool:
+        """Whether somebody has deleted the segment that is being written."""
+        return self._fd >= 0 and os.fstat(self._fd).st_nlink == 0
+
+    def abandon(self) -> None:
+        """The journal was deleted: it takes nothing any more, so that nobody takes its remains for history."""
+        self._pool.deleted = True
+        self._size = 0
 
     @property
     def dirty(self) -> bool:

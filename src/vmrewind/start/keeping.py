@@ -161,6 +161,8 @@ class Keeper:
             # Not one record was written: the run never was.
             run_path(storage.journal, self.run).unlink()
             raise
+        # From now on a capture that finds no journal of this run must not begin one: it was deleted.
+        self._assignment["resuming"] = True
         self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
 
         self._tasks.append(asyncio.create_task(self._keep_capture()))

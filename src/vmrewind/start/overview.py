@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             result.setdefault("ship", {}).update(asdict(shipping))
             if shipping.error:
                 problems.append(f"ship cannot reach the repository: {shipping.error}")
+        if (bypass := result.get("capture", {}).get("bypass")) is not None:
+            since = datetime.fromtimestamp(bypass["since_ns"] / 1e9).astimezone().isoformat(timespec="seconds")
+            now = "its writes are journaled again, and what it wrote is being resynced" if bypass["resyncing"] else (
+                "the VM is NOT PROTECTED now"
+            )  # fmt: skip
+            dirty = bypass["dirty_bytes"] >> 10
+            problems.append(f"history has a gap since {since}: {now}; {dirty} KiB to resync ({bypass['cause']})")
+        if result.get("capture", {}).get("journal_deleted"):
+            problems.append(
+                f"the journal {handle.journal} was deleted: stop the VM and start it again, its history needs a new base"
+            )
         if result.get("capture", {}).get("journal_full"):
             problems.append("the journal is full and the guest's writes are held until it has room")
     elif runs and head is None:

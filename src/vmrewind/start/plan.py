@@ -272,6 +272,8 @@ class Planner:
             return "the image was used without vmrewind after the last run died"
         if past.head is None:
             return past.gap_cause
+        if past.head.gap is not None:
+            return f"the journal took no more until the last run's end: {past.head.gap}"
         left = past.head.images.get(image.target)
         if left is not None and left.device and left.writes.split(":")[0] != boot_id().hex():
             return "the host was booted since: whether anybody wrote to the device meanwhile is not known"

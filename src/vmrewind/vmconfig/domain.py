@@ -119,6 +119,10 @@ def peek_storage(xml: bytes) -> Storage | None:
     return Storage(name, place, peek_size(size))
 
 
+def _full_policy(word: str | None) -> JournalFullPolicy:
+    return next((policy for policy in get_args(JournalFullPolicy) if policy == word), "drop-history")
+
+
 def read_protection(domain: etree._Element) -> Protection:
     """The protection element as the model has it. Raises Invalid; the caller has seen that there is one."""
     elements = protection_elements(domain)
@@ -145,7 +149,7 @@ def read_protection(domain: etree._Element) -> Protection:
         ship="on-demand" if given.get("ship") == "on-demand" else "auto",
         journal=given.get("journal"),
         journal_size=JOURNAL_SIZE_DEFAULT if size is None else _size(size),
-        on_journal_full="block" if given.get("on-journal-full") == "block" else "drop-history",
+        on_journal_full=_full_policy(given.get("on-journal-full")),
         on_failure="start-unprotected" if given.get("on-failure") == "start-unprotected" else "abort",
         shutdown_timeout_seconds=int(timeout),
     )

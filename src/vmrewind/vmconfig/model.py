@@ -24,7 +24,7 @@ from vmrewind.repository.url import CREDENTIALS_HINT, holds_credentials, redacte
 
 ImageFormat = Literal["raw", "qcow2"]
 ShipMode = Literal["auto", "on-demand"]
-JournalFullPolicy = Literal["drop-history", "block"]
+JournalFullPolicy = Literal["drop-history", "bypass", "block"]
 FailurePolicy = Literal["abort", "start-unprotected"]
 
 JOURNAL_SIZE_DEFAULT: Final = 8 << 30
@@ -253,8 +253,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """One of a few words. Raises Invalid."""
-    if key.endswith(("on_journal_full", "on-journal-full")) and value == "bypass":
-        raise Invalid(key, "this version of vmrewind does not have 'bypass'", "use 'drop-history' or 'block'")
     if value not in choices:
         raise Invalid(key, f"{value!r} is none of {', '.join(map(repr, choices))}", nearest(value, choices))
 

@@ -1,0 +1,91 @@
+"""A capture whose journal's storage fails: calls on files of its directory return an error for as long as a test wants that."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.capture_tools import Capture
+
+# The calls by which a journal is written, each failing where the file lies in the directory that the first argument names, while
+# the file of the second argument holds an errno. For ENOSPC what is only synced does not fail.
+_FAULTY = """
+import errno, mmap, os, runpy, sys
+directory, switch = sys.argv.pop(1), sys.argv.pop(1)
+def number():
+    try:
+        return int(open(switch).read() or 0)
+    except FileNotFoundError:
+        return 0
+def check(fd, syncs=False):
+    failing = number()
+    if failing and not (syncs and failing == errno.ENOSPC) and os.readlink(f"/proc/self/fd/{fd}").startswith(directory):
+        raise OSError(failing, os.strerror(failing))
+def faulty(name, syncs):
+    call = getattr(os, name)
+    def wrapper(fd, *rest):
+        check(fd, syncs)
+        return call(fd, *rest)
+    setattr(os, name, wrapper)
+for name, syncs in (("pwritev", False), ("pwrite", False), ("posix_fallocate", False), ("fdatasync", True), ("fsync", True)):
+    faulty(name, syncs)
+class Map(mmap.mmap):
+    def __new__(cls, fd, *rest):
+        made = super().__new__(cls, fd, *rest)
+        made.journal = os.readlink(f"/proc/self/fd/{fd}").startswith(directory)
+        return made
+    def flush(self, *rest):
+        failing = number()
+        if failing and failing != errno.ENOSPC and self.journal:
+            raise OSError(failing, os.strerror(failing))
+        return super().flush(*rest)
+mmap.mmap = Map
+runpy.run_module("vmrewind.capture", run_name="__main__", alter_sys=True)
+"""
+
+
+class FaultyCapture(Capture):
+    """``fail`` makes the journal's storage fail, ``heal`` makes it work again."""
+
+    def _program(self) -> list[str]:
+        return ["-c", _FAULTY, str(self.journal), str(self._switch)]
+
+    @property
+    def _switch(self) -> Path:
+        return self.events_path.with_name("errno")
+
+    def fail(self, number: int = errno.EIO) -> None:
+        temporary = self._switch.with_suffix(".tmp")
+        temporary.write_text(str(number))
+        temporary.replace(self._switch)
+
+    def heal(self) -> None:
+        self._switch.unlink(missing_ok=True)
+
+
+@contextmanager
+def ext4(directory: Path, mebibytes: int) -> Iterator[Path]:
+    """A small file system of its own, mounted from a loop device at ``directory``/mounted; needs root."""
+    image, mounted = directory / "ext4.img", directory / "mounted"
+    mounted.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(mebibytes << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mounted], check=True)
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", "--lazy", mounted], check=True)
+
+
+def make_read_only(mounted: Path) -> None:
+    """What ext4 does of its own accord after an error, with files open for writing."""
+    subprocess.run(["mount", "-o", "remount,abort", mounted], check=True)
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0
