@@ -369,7 +369,8 @@ class Connection:
             for record, _, offset, length, _, cookie in operations:
                 if offset + length > end:
                     failed[cookie] = nbd.EIO
-                    voided.append(first_seq + record)
+                    if first_seq is not None:
+                        voided.append(first_seq + record)
             operations = [operation for operation in operations if operation[2] + operation[3] <= end]
         for record, payload, offset, length, flags, cookie in operations:
             try:
