@@ -106,7 +106,7 @@ class Soak:
             load.start()
         try:
             while (now := time.monotonic()) < began + self.seconds:
-                self._pause(self.random.uniform(0.2, 2.5))
+                time.sleep(self.random.uniform(0.2, 2.5))
                 self._check_loads()
                 if now < calm_from:
                     self._disturb()
@@ -122,9 +122,6 @@ class Soak:
             self._end()
         self._compare_the_end()
         self._judge()
-
-    def _pause(self, seconds: float) -> None:
-        time.sleep(seconds)
 
     def _count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
@@ -305,6 +302,7 @@ class Soak:
         self._restore("latest", now_ns, last)
         for mark in self.random.sample(self.marks, min(5, len(self.marks))):
             self._restore(f"@{mark.name}", mark.time_ns, mark.places)
+            self._count("restores without the journal")
         away.rename(self.journal)
 
     # -- resources
@@ -335,8 +333,8 @@ class Soak:
         """What happened, in figures."""
         usage = {
             role: {
-                "resident_kib": [found.resident_bytes[0] >> 10, max(found.resident_bytes) >> 10, found.resident_bytes[-1] >> 10],
-                "descriptors": [found.descriptors[0], max(found.descriptors), found.descriptors[-1]],
+                "resident_kib": _course([resident >> 10 for resident in found.resident_bytes]),
+                "descriptors": _course(found.descriptors),
                 "samples": len(found.descriptors),
             }
             for role, found in self.usage.items()
@@ -351,6 +349,10 @@ class Soak:
             **{what: self.counts[what] for what in sorted(self.counts)},
             "usage (first, highest, last)": usage,
         }
+
+
+def _course(values: list[int]) -> str:
+    return f"{values[0]}, {max(values)}, {values[-1]}"
 
 
 def _place(samples: list[Sample], time_ns: int) -> tuple[int, int]:
