@@ -49,7 +49,7 @@ def parts(directory: Path) -> tuple[StatePage, JournalWriter, Losing, EventLog]:
 def test_a_checkpoint_that_fails_while_the_run_ends_is_no_clean_end(tmp_path: Path) -> None:
     state, writer, image, events = parts(tmp_path)
     posted: list[Callable[[], None]] = []
-    durability = Durability(tmp_path / "journal", writer, state, [image], events, posted.append)
+    durability = Durability(tmp_path / "journal", writer, state, [image], events, 8, posted.append)
     state.set_applied(1)
     durability.checkpoint()
     until(lambda: posted, "the journal's sync")
@@ -66,7 +66,7 @@ def test_a_flush_that_fails_while_the_run_ends_is_no_clean_end(tmp_path: Path, m
     """The journal cannot be synced, and the images, which are synced in its place, neither."""
     state, writer, image, events = parts(tmp_path)
     posted: list[Callable[[], None]] = []
-    durability = Durability(tmp_path / "journal", writer, state, [image], events, posted.append)
+    durability = Durability(tmp_path / "journal", writer, state, [image], events, 8, posted.append)
     state.set_applied(1)
 
     def failing(fd: int) -> None:
@@ -85,7 +85,7 @@ def test_a_flush_that_fails_while_the_run_ends_is_no_clean_end(tmp_path: Path, m
 def test_without_a_failure_the_end_is_a_checkpoint(tmp_path: Path) -> None:
     state, writer, image, events = parts(tmp_path)
     image.lost = 0
-    durability = Durability(tmp_path / "journal", writer, state, [image], events, lambda _: None)
+    durability = Durability(tmp_path / "journal", writer, state, [image], events, 8, lambda _: None)
     state.set_applied(1)
     durability.sync_if_dirty()
     durability.finish()

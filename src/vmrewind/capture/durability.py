@@ -75,6 +75,10 @@ _NOT_YET: Final = -1
 
 CHECKPOINT_SECONDS: Final = 30
 """Longest time that image writes stay unsynced: it bounds what is replayed after the host's death."""
+_CHECKPOINT_JOURNAL_PART: Final = 4
+"""A checkpoint is due, too, when one such part of the journal was written since the last: what is not checkpointed cannot be
+recycled, and syncing the images may take as long as filling another part. More often costs more: a block that the guest writes
+again and again is written out each time."""
 
 
 class Durability:
@@ -87,6 +91,7 @@ class Durability:
         state: StatePage,
         images: Sequence[Image],
         events: EventLog,
+        segments_max: int,
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         self._journal = journal
@@ -97,6 +102,9 @@ class Durability:
         self._flusher = Worker("flush", post)
         self._checkpointer = Worker("checkpoint", post)
         self._checkpointing = False
+        self._checkpoint_segment = 0
+        """The segment that was written when the last checkpoint began."""
+        self._checkpoint_segments = max(1, segments_max // _CHECKPOINT_JOURNAL_PART)
         self._waiting: list[tuple[Waiter, int]] = []
         self.images_too = False
         """Whether the images hold writes that the journal does not, so that a flush must sync them."""
@@ -223,12 +231,19 @@ class Durability:
                 self._image_error = error.errno or errno.EIO
             return self._image_error
 
+    def checkpoint_if_due(self, ticks: int) -> None:
+        """Called once a second, with how many seconds it has been so far."""
+        written = self._writer.segment_number - self._checkpoint_segment
+        if ticks % CHECKPOINT_SECONDS == 0 or written >= self._checkpoint_segments:
+            self.checkpoint()
+
     def checkpoint(self) -> None:
         """Start a checkpoint unless one is running or there is nothing to do."""
         batch = self._state.applied
         if self._checkpointing or batch == self._state.checkpoint:
             return
         self._checkpointing = True
+        self._checkpoint_segment = self._writer.segment_number
         self.flush(_JournalSynced(lambda: self._checkpointer.submit(lambda: self._checkpoint(batch), self._checkpointed)), 0)
 
     def _checkpoint(self, batch: int) -> int:

@@ -13,7 +13,6 @@ from vmrewind.journal.format import segment_name
 from vmrewind.journal.pool import Recycling
 from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader
 from vmrewind.journal.state import StatePage
-from vmrewind.journal.writer import JournalWriter
 
 POLICIES: Final = ("drop-history", "bypass", "block")
 _SHIPPED_READ_SECONDS: Final = 0.05
@@ -40,10 +39,6 @@ class FullPolicy:
         """Whether a segment would have been recycled but for a checkpoint, since this was last asked."""
         waits, self._waits_for_checkpoint = self._waits_for_checkpoint, False
         return waits
-
-    def checkpoint_due(self, writer: JournalWriter, state: StatePage) -> bool:
-        """Whether a whole segment was written since the last checkpoint, so that the pool might soon find nothing to recycle."""
-        return writer.segment_first_batch > state.checkpoint + 1
 
     def may_recycle(self, segment: SegmentFile) -> Recycling:
         """The verdict on one live segment."""

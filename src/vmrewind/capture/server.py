@@ -25,7 +25,7 @@ from vmrewind.capture.connection import Connection
 from vmrewind.capture.control import ControlClient
 from vmrewind.capture.dirty import DirtyMap
 from vmrewind.capture.disk import Disk, export_of
-from vmrewind.capture.durability import CHECKPOINT_SECONDS, Durability
+from vmrewind.capture.durability import Durability
 from vmrewind.capture.greeting import Greeter
 from vmrewind.capture.image import Image
 from vmrewind.capture.instructions import instruct
@@ -89,7 +89,6 @@ class Server:
         self.disks = {image.target: Disk(image, export_of(image)) for image in images}
         self.batch_payload_max = writer.payload_max
         self.record_length_max = min(fmt.RECORD_LENGTH_MAX, writer.payload_max - fmt.ALIGNMENT)
-        self.read_nowait = os.RWF_NOWAIT
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._posted: deque[Callable[[], None]] = deque()
@@ -100,6 +99,8 @@ class Server:
         """Who gives instructions, and its socket's number; the one that was heard of last is the last."""
         self._listeners: list[socket.socket] = []
         self._held: list[Connection] = []
+        self._reading: dict[Connection, None] = {}
+        """Whose reads wait for the disk, in the order of their turns."""
         self.refused: list[_Refused] = []
         """What ``settle`` is to do before anything else is journaled."""
         self.unread: list[tuple[Disk, int, int]] = []
@@ -107,7 +108,7 @@ class Server:
         self._stopping = False
         self._hold_began_ns = 0
         self._ticks = 0
-        self.durability = Durability(journal, writer, state, images, events, self.post)
+        self.durability = Durability(journal, writer, state, images, events, pool.segments_max, self.post)
         self.bypass = Bypass(self, dirty)
 
     # -- the loop
@@ -116,13 +117,20 @@ class Server:
         """Run until ``stop`` is called, then end the run cleanly."""
         next_tick = time.monotonic() + _TICK_SECONDS
         while not self._stopping:
-            timeout = _HOLD_RETRY_SECONDS if self._held else max(0.0, next_tick - time.monotonic())
-            if self.bypass.resyncs_now:
+            if self._reading or self.bypass.resyncs_now:
                 timeout = 0.0
+            else:
+                timeout = _HOLD_RETRY_SECONDS if self._held else max(0.0, next_tick - time.monotonic())
             for fd, events in self._epoll.poll(timeout):
                 # A handler may have closed what another event of the same poll is about.
                 if (handler := self._handlers.get(fd)) is not None:
                     handler(events)
+            if self._reading:
+                # One at a time: what has come in for other disks is not held up longer than that.
+                connection = next(iter(self._reading))
+                del self._reading[connection]
+                if connection.finish_read():
+                    self._reading[connection] = None
             if self._held:
                 self._retry_held()
             if self.bypass.resyncs_now:
@@ -163,8 +171,7 @@ class Server:
             self._journal_deleted()
         self.bypass.tick()
         self.durability.sync_if_dirty()
-        if self._ticks % CHECKPOINT_SECONDS == 0 or self.policy.checkpoint_due(self.writer, self.state):
-            self.durability.checkpoint()
+        self.durability.checkpoint_if_due(self._ticks)
         self._declare_dropped()
         for disk in self.disks.values():
             self._watch(disk)
@@ -293,6 +300,10 @@ class Server:
         """Watch for the client's end only."""
         self._epoll.modify(connection.sock.fileno(), 0)
 
+    def wait_for_reads(self, connection: Connection) -> None:
+        """The connection has reads that wait for the disk: ``finish_read`` is to be called when nothing else is there to do."""
+        self._reading.setdefault(connection)
+
     @staticmethod
     def peer_is_gone(sock: socket.socket) -> bool:
         """Whether the other end of ``sock`` is closed."""
@@ -304,6 +315,7 @@ class Server:
         """A connection is about to close its socket."""
         self._unregister(connection.sock.fileno())
         connection.disk.connections.discard(connection)
+        self._reading.pop(connection, None)
         if connection in self._held:
             self._held.remove(connection)
 
