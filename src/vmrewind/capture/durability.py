@@ -219,13 +219,15 @@ class Durability:
         self._state.set_checkpoint(max(batch, self._state.checkpoint))
         self._level_durable, self._level_on_images = max(batch, self._level_durable), False
 
-    def _sync_images(self) -> int:
+    def _sync_images(self, *, with_identity: bool = False) -> int:
         with self._level:
             if self._image_error:
                 return self._image_error
             try:
                 for image in self._images:
                     image.sync()
+                    if with_identity:
+                        image.sync_identity()
             except OSError as error:
                 self._events.write("image.sync-failed", error=str(error))
                 self._image_error = error.errno or errno.EIO
@@ -279,7 +281,7 @@ class Durability:
         self._checkpointer.stop()
         finished, current, rolled = self._writer.take_unsynced()
         self._sync_journal(finished, current, rolled)
-        if error := self._sync_images():
+        if error := self._sync_images(with_identity=True):
             self._images_lost_writes(error)
         if not self._say_level(self._state.applied) and not self._level_on_images:
             for image in self._images:

@@ -250,6 +250,16 @@ class Image:
         """Bring every write to stable storage; raises OSError."""
         os.fdatasync(self.fd)
 
+    def sync_identity(self) -> None:
+        """Bring the modification time to stable storage too, so that ``identity`` stays true; raises OSError."""
+        os.fsync(self.fd)
+
+    def renew_identity(self) -> None:
+        """Give the image, durably, another modification time: whoever knows it by an earlier one must not recognise it."""
+        if not self.block_device:
+            os.utime(self.fd)
+            os.fsync(self.fd)
+
     def close(self) -> None:
         """Close, which gives the lock up."""
         os.close(self.fd)

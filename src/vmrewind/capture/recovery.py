@@ -256,18 +256,22 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
             if end is None:
                 if point == 0:
                     # The host died before the first record was on stable storage: the run never was.
+                    _renew(images, host_died=host_died)
                     return None
                 raise CorruptionError(
                     f"{journal}: run {fmt.run_name(run)} did not end cleanly and none of its records is readable",
                     "move the journal directory away and start again: a new base will be made",
                 )
             changed = _changed(journal, run, end, images, host_died=host_died)
+            # Whatever changes an image's modification time from here on is this recovery's doing.
+            leave_mark(journal)
             for disk in info.disks:
                 if disk.target in changed:
                     report(f"{disk.target}: the image was used since run {fmt.run_name(run)} died: it is left as it is")
                     images.pop(disk.index).close()
                 else:
                     _make_ready(images[disk.index], disk)
+            _renew(images, host_died=host_died)
             count = _bring_up(journal, run, point, end, images, report)
             for image in images.values():
                 image.sync()
@@ -310,6 +314,14 @@ def _bring_up(journal: Path, run: int, point: int, end: End, images: Mapping[int
     report(f"run {fmt.run_name(run)} did not end cleanly: bringing its images to record {end.last_seq}{damage}")
     seal(journal, run, end)
     return replay(journal, run, point, end, images)
+
+
+def _renew(images: Mapping[int, Image], *, host_died: bool) -> None:
+    """A modification time may not have reached the disk although what was written then has: an image that a base or a head
+    was made of long ago looks as if nothing had been written since."""
+    if host_died:
+        for image in images.values():
+            image.renew_identity()
 
 
 def _hides_more(journal: Path, run: int, point: int, end: End) -> bool:

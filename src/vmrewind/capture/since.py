@@ -24,8 +24,10 @@ _RECOVERING: Final = "recovering.json"
 
 _SLACK_NS: Final = 2_000_000_000
 """By how much an image write may be later than its journal write."""
-_LOST_NS: Final = 30_000_000_000
-"""The same after the host's death: the last records, and the journal's own modification time, may not have reached the disk."""
+_LOST_NS: Final = 60_000_000_000
+"""The same after the host's death: the last records, and the journal's own modification time, may not have reached the disk.
+
+Two intervals of checkpoints: should the guest have been silent for as long, its image needs no record from before."""
 
 
 def leave_mark(journal: Path) -> None:

@@ -242,11 +242,15 @@ def private(path: str, flags: int) -> int:
 
 
 def private_directory(path: Path) -> None:
-    """Make a directory and its parents where they are missing, each its owner's alone; those that exist are left as they are."""
+    """Make a directory and its parents where they are missing, each its owner's alone; those that exist are left as they are.
+
+    Durable when this returns: what is synced in a directory is lost with the directory's own name.
+    """
     if path.is_dir():
         return
     private_directory(path.parent)
     path.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
