@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import shutil
+import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from guests.protected import ProtectedVm, vmrewind
+from guests.writer import acknowledged
 from tests.e2e.conftest import Servers
 from tests.object_servers import Azurite, Ceph, ObjectServer, Rclone, SeaweedFS
 from tests.store_contract import StoreContract
+from tests.vm_tools import check_files, files_in, restore, writer_vm
 from vmrewind.errors import RepositoryError
+from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
 from vmrewind.repository.store import Store
@@ -68,3 +79,51 @@ def test_a_store_that_ignores_the_condition_is_refused(servers: Servers, at: Cal
     with pytest.raises(RepositoryError, match="overwrites an object although it was told not to"):
         Repository.init(url)
     assert list(open_store(url).list("")) == []
+
+
+@pytest.mark.xdist_group("seaweedfs")
+def test_from_a_guests_writes_to_the_bucket_and_back_through_an_outage(
+    servers: Servers, at: Callable[[ObjectServer], None], tmp_path: Path
+) -> None:
+    server = servers(SeaweedFS)
+    at(server)
+    url = server.url("kvm/site-a")
+    vmrewind("init", url)
+    with writer_vm(tmp_path, "cloud", repository=url) as vm:
+        vm.start()
+        vm.wait_for("^ACK 5$")
+        until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)
+        vmrewind("mark", vm.config, "before")
+        server.stop(signal.SIGKILL)
+        seen = max(acknowledged(vm.console.text()))
+        vm.wait_for(f"^ACK {seen + 10}$")
+        until(lambda: "s3://" in (vm.status()["ship"].get("error") or ""), vm)
+        os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
+        server.start()
+        until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)
+        before = vm.status()["ship"]
+        os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
+        until(lambda: newer(vm.status()["ship"], before), vm)
+        vm.quit()
+    shutil.rmtree(vm.journal)
+    assert [key for key, _ in DirectoryStore(vm.repository).list("vms/")] == []
+    restore(vm, "latest", tmp_path / "end")
+    assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
+    restore(vm, "@before", tmp_path / "at")
+    found = files_in(tmp_path / "at" / "vda.raw", tmp_path / "files")
+    whole = sorted(found)[:-2]
+    assert 5 <= len(whole) <= seen
+    check_files(found, whole)
+    timeline = json.loads(vmrewind("timeline", vm.config, "--json").stdout)
+    assert "before" in json.dumps(timeline)
+
+
+def newer(ship: dict[str, Any], before: dict[str, Any]) -> bool:
+    return ship.get("pid") != before.get("pid") and (ship.get("shipped_seq") or 0) > (before.get("shipped_seq") or 0)
+
+
+def until(condition: Callable[[], bool], vm: ProtectedVm) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, vm.status()
+        time.sleep(0.05)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.failing_store import FailingStore
 from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal.runs import Discontinuity, DiskInfo, ImageIdentity, Position, RunInfo
 from vmrewind.repository import layout
@@ -193,6 +194,21 @@ def test_segments_are_known_by_name() -> None:
     with pytest.raises(CorruptionError, match=f"{names[0].key}: the object is missing"):
         store.delete(names[0].key)
         vm.get_segment(names[0])
+
+
+def test_names_come_in_order_whatever_order_the_store_lists_them_in() -> None:
+    store = MemoryStore()
+    Repository.init_in(store)
+    vm = Repository.open_in(FailingStore(store, seed=1, chance=0)).vm("web01")
+    for number in range(1, 11):
+        vm.put_run(run_info(number))
+        vm.put_config(number * 1_000_000, "toml", b"%d" % number)
+        vm.put_base(manifest(id=new_base_id(number * 1_000_000_000)))
+        vm.put_segment(SegmentName(number % 3, number, number, 1, "web01"), b"")
+    assert [info.run for info in vm.runs()] == list(range(1, 11))
+    assert [name.time_ns for name in vm.configs()] == [number * 1_000_000 for number in range(1, 11)]
+    assert vm.bases("vda") == sorted(vm.bases("vda"))
+    assert vm.segments() == sorted(vm.segments())
 
 
 def test_times_in_names_are_utc_and_cut_to_microseconds() -> None:
