@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from guests import images
-from guests.protected import VMREWIND, Disk, ProtectedVm, vmrewind
+from guests.protected import Disk, ProtectedVm, vmrewind
 from tests.capture_tools import RUN, Capture, DiskOf, raw_image
 from tests.e2e.libvirt_host import LibvirtHost
 from tests.e2e.test_libvirt_domain import disk, domain
@@ -119,7 +119,7 @@ def test_modes_do_not_depend_on_the_umask(placed: Path) -> None:
 def test_a_start_refuses_what_others_have_made_beforehand(placed: Path, tmp_path: Path, plant: Callable[[Path], str]) -> None:
     alone = Alone(tmp_path)
     said = plant(placed)
-    done = subprocess.run([VMREWIND, "capture", alone.config], capture_output=True, text=True, timeout=60, check=False)
+    done = vmrewind("backup", alone.config, check=False)  # a run that ends by itself
     assert done.returncode == ConfigError.exit_code, done.stderr
     assert said in done.stderr
     assert "chmod" in done.stderr or "remove it" in done.stderr
@@ -138,7 +138,7 @@ def test_nobody_else_names_a_process_to_be_ended(placed: Path, tmp_path: Path) -
             runtime = placed / "run" / "alone"
             as_user(["mkdir", "-p", runtime])
             as_user(["tee", runtime / "keeper.json"], given=json.dumps(keeping))
-            for command in (["capture", alone.config], ["status", alone.config], ["backup", alone.config]):
+            for command in (["status", alone.config], ["backup", alone.config]):
                 done = vmrewind(*command, check=False)
                 assert done.returncode == ConfigError.exit_code and "another user" in done.stderr
             assert victim.poll() is None

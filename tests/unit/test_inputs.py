@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import sys
@@ -16,6 +17,7 @@ from vmrewind.repository.opening import open_store
 from vmrewind.repository.url import holds_credentials, redacted
 from vmrewind.start import hook
 from vmrewind.start.environment import without_credentials
+from vmrewind.start.keeper import _keep as keep
 from vmrewind.start.resolve import open_vm
 from vmrewind.vmconfig.domain import parse_domain
 from vmrewind.vmconfig.toml import load_toml
@@ -84,6 +86,15 @@ def test_the_hook_takes_no_path_for_a_name(tmp_path: Path) -> None:
     for name in ("../web01", "/etc", "a/b"):
         with pytest.raises(ConfigError, match="cannot be a VM's name"):
             hook.handle(name, "prepare", "begin", b"<domain/>")
+
+
+def test_a_keeper_keeps_no_other_domain_than_it_was_started_for(tmp_path: Path) -> None:
+    document = tmp_path / "domain.xml"
+    document.write_text(
+        '<domain><name>web02</name><metadata><p:protection xmlns:p="urn:vmrewind:protection:1" enabled="yes"/></metadata></domain>'
+    )
+    with pytest.raises(ConfigError, match="its XML is of 'web02'"):
+        asyncio.run(keep("web01", document, lambda: None))
 
 
 @pytest.mark.parametrize("run", ["*", "../../other/events/0", "0000000000000000f", "g", "[0-9]"])
