@@ -21,6 +21,7 @@ _COLOURS: Final = {
     "vmrewind": "#0b6e4f",
     "nbdkit": "#9aa5b1",
     "qemu-nbd": "#cbd2d9",
+    "qemu-nbd-direct": "#b0bcc8",
     "raw-writeback": "#7b8794",
     "raw-none": "#616e7c",
     "blklogwrites": "#d9a441",

@@ -193,13 +193,40 @@ class QemuNbd(Server):
         return ["qemu-nbd", "--persistent", f"--socket={self.socket}", "--format=raw", "--cache=writeback", str(self.image)]
 
 
+class QemuNbdDirect(QemuNbd):
+    """qemu-nbd past the page cache (cache=none, aio=native): what reads of data that is not cached are compared with."""
+
+    name = "qemu-nbd-direct"
+    title = "qemu-nbd, cache=none"
+    image_name = "qemu-nbd-direct.raw"
+
+    def command(self) -> list[str]:
+        caching = ["--cache=none", "--aio=native"]
+        return ["qemu-nbd", "--persistent", f"--socket={self.socket}", "--format=raw", *caching, str(self.image)]
+
+
 class Vmrewind(Server):
-    """Capture alone, journaling every write to the file system that its image is on."""
+    """Capture alone, journaling every write to the file system that its image is on. It serves two disks."""
 
     name = "vmrewind"
     title = "vmrewind"
     image_name = "vmrewind.raw"
     _capture_pid = 0
+
+    @property
+    def second_image(self) -> Path:
+        """The image of disk vdb."""
+        return self.place.data / "vmrewind-vdb.raw"
+
+    @property
+    def second_uri(self) -> str:
+        """The NBD URI of disk vdb."""
+        return f"nbd+unix:///vdb?socket={self.socket}"
+
+    def start(self) -> None:
+        if not self.second_image.exists():
+            make_image(self.second_image, self.place.image_size)
+        super().start()
 
     @property
     def uri(self) -> str:
@@ -216,7 +243,7 @@ class Vmrewind(Server):
 
     @property
     def files(self) -> list[Path]:
-        return [self.image, *self.journal.glob("*.seg")]
+        return [self.image, self.second_image, *self.journal.glob("*.seg")]
 
     @property
     def recycling(self) -> bool:
@@ -230,6 +257,7 @@ class Vmrewind(Server):
             'name = "bench"\n[protection]\nenabled = true\n'
             f"journal = {json.dumps(str(self.journal))}\njournal_size = {self.place.journal_size}\n"
             f'[[protection.disk]]\ntarget = "vda"\nimage = {json.dumps(str(self.image))}\n'
+            f'[[protection.disk]]\ntarget = "vdb"\nimage = {json.dumps(str(self.second_image))}\n'
         )
         return [sys.executable, "-m", "vmrewind.cli.main", "capture", str(config), "--socket", str(self.socket)]
 
@@ -305,7 +333,9 @@ class BlkLogWrites(Driver):
         self._log.touch()
 
 
-PEERS: Final[dict[str, type[Peer]]] = {peer.name: peer for peer in (Nbdkit, QemuNbd, Vmrewind, RawWriteback, RawNone, BlkLogWrites)}
+PEERS: Final[dict[str, type[Peer]]] = {
+    peer.name: peer for peer in (Nbdkit, QemuNbd, QemuNbdDirect, Vmrewind, RawWriteback, RawNone, BlkLogWrites)
+}
 SUBJECT: Final = Vmrewind.name
 """The peer that ratios are of."""
 
@@ -319,9 +349,14 @@ def make_image(path: Path, size: int) -> None:
     """
     if shutil.disk_usage(path.parent).free < size:
         raise BenchError(f"{path}: no room for an image of {size >> 20} MiB; name another --directory")
-    content = memoryview(os.urandom(min(_RANDOM_BYTES, size)))
     with open(path, "wb", buffering=0) as file:
-        for offset in range(0, size, _PIECE):
-            at = offset % len(content)
-            file.write(content[at : at + min(_PIECE, size - offset)])
-        os.fsync(file.fileno())
+        write_in_pieces(file.fileno(), size)
+
+
+def write_in_pieces(fd: int, size: int) -> None:
+    """Write ``size`` random bytes in 4 KiB pieces, and sync: see ``make_image``."""
+    content = memoryview(os.urandom(min(_RANDOM_BYTES, size)))
+    for offset in range(0, size, _PIECE):
+        at = offset % len(content)
+        os.pwrite(fd, content[at : at + min(_PIECE, size - offset)], offset)
+    os.fsync(fd)

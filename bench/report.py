@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.machine import one_line
 from bench.peers import PEERS, SUBJECT
 from bench.run import Cell, Result
-from bench.workloads import GROUPS, Workload
+from bench.workloads import GROUPS, TWO_DISKS, Workload
 
 FORMAT: Final = 1
 _BYTES_RATE_FROM: Final = 64 << 10
@@ -38,6 +38,7 @@ def to_json(result: Result) -> dict[str, Any]:
             peer: {"first": first, "later": later, "later_median": median(later)}
             for peer, (first, *later) in result.start_seconds.items()
         },
+        "two_disks_ratio": {f"{halves} to {whole}": result.own_ratio(halves, whole) for halves, whole in TWO_DISKS.items()},
         "others_cores": result.others_cores,
         "capture_assign_seconds": result.assign_seconds,
         "memory_peak_bytes": result.memory_peak_bytes,
@@ -78,6 +79,10 @@ def show(result: Result, console: Console) -> None:
             console.print(_rates(result, workloads))
             console.print("\nThe server's CPU seconds per 100,000 operations / per GiB\n")
             console.print(_costs(result, workloads))
+    for halves, whole in TWO_DISKS.items():
+        ratio = result.own_ratio(halves, whole)
+        if ratio is not None:
+            console.print(f"\nvmrewind, {halves} (two disks, half the load each) to {whole} (one disk, all of it): {ratio:.2f}")
     console.print("\nServers\n")
     console.print(_servers(result))
     if result.assign_seconds:

@@ -107,6 +107,13 @@ class Result:
             return None
         return median(own / its for own, its in zip(subject.rates, other.rates, strict=True))
 
+    def own_ratio(self, workload: str, other: str) -> float | None:
+        """vmrewind's rate under one load to its rate under another, the median over rounds; None where one is missing."""
+        first, second = self.cells.get((workload, SUBJECT)), self.cells.get((other, SUBJECT))
+        if first is None or second is None:
+            return None
+        return median(own / its for own, its in zip(first.rates, second.rates, strict=True))
+
 
 def run(settings: Settings, place: Place, scratch: Path, step: Callable[[str], None]) -> Result:
     """Do it all; ``step`` is told of every load before it begins. Raises BenchError."""

@@ -6,6 +6,7 @@ A new load is a line in ``WORKLOADS``; a new kind of load is a class with ``take
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from bench.peers import BenchError, Peer
+from bench.peers import BenchError, Nbdkit, Peer, QemuNbdDirect, Vmrewind, write_in_pieces
 
 _KIB: Final = 1 << 10
 _PATIENCE_SECONDS: Final = 120
@@ -69,8 +70,8 @@ class Fio:
     """Requests in flight."""
 
     def takes(self, peer: type[Peer]) -> bool:
-        """Whatever serves NBD."""
-        return peer.serves_nbd
+        """Whatever serves NBD from the page cache."""
+        return peer.serves_nbd and peer is not QemuNbdDirect
 
     def run(self, peer: Peer, seconds: float, seed: int, scratch: Path) -> Measure:
         """See Workload."""
@@ -102,8 +103,8 @@ class FioFlushes:
         return f"4 KiB random write, flush every {self.every}" if self.every > 1 else "4 KiB random write, flush after each"
 
     def takes(self, peer: type[Peer]) -> bool:
-        """Whatever serves NBD."""
-        return peer.serves_nbd
+        """Whatever serves NBD from the page cache."""
+        return peer.serves_nbd and peer is not QemuNbdDirect
 
     def run(self, peer: Peer, seconds: float, seed: int, scratch: Path) -> Measure:
         """See Workload."""
@@ -123,6 +124,75 @@ class FioFlushes:
 
 
 @dataclass(frozen=True, slots=True)
+class FioCold:
+    """Random reads of what is not in the page cache: dropped before, and nothing is read twice.
+
+    Afterwards the image is written anew in 4 KiB pieces: the page cache holds what was read in large folios, which slow writes.
+    """
+
+    block: int
+    depth: int = 16
+    group: str = "cold"
+
+    @property
+    def name(self) -> str:
+        """See Workload."""
+        return f"{self.block >> 10}k-coldread-{self.depth}"
+
+    @property
+    def title(self) -> str:
+        """See Workload."""
+        return f"{self.block >> 10} KiB random read, {self.depth} in flight, page cache dropped"
+
+    def takes(self, peer: type[Peer]) -> bool:
+        """The ways to serve a file that are best at this."""
+        return peer in (Nbdkit, QemuNbdDirect, Vmrewind)
+
+    def run(self, peer: Peer, seconds: float, seed: int, scratch: Path) -> Measure:
+        """See Workload. Shorter if all of the image has been read before."""
+        with open(peer.image, "r+b", buffering=0) as image:
+            os.fsync(image.fileno())
+            os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            measure = fio(
+                peer, ["--rw=randread", f"--bs={self.block}", f"--iodepth={self.depth}", f"--randseed={seed}"], seconds, scratch
+            )
+            os.posix_fadvise(image.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            write_in_pieces(image.fileno(), peer.place.image_size)
+        return measure
+
+
+@dataclass(frozen=True, slots=True)
+class FioTwoDisks:
+    """Half of a load on each of two disks at once: to be compared with the whole load on one."""
+
+    pattern: str
+    word: str
+    depth: int
+    """Requests in flight on each disk."""
+    group: str = "random"
+
+    @property
+    def name(self) -> str:
+        """See Workload."""
+        return f"4k-{self.pattern}-2x{self.depth}"
+
+    @property
+    def title(self) -> str:
+        """See Workload."""
+        return f"4 KiB random {self.word}, two disks, {self.depth} in flight on each"
+
+    def takes(self, peer: type[Peer]) -> bool:
+        """What serves two disks with one process."""
+        return peer is Vmrewind
+
+    def run(self, peer: Peer, seconds: float, seed: int, scratch: Path) -> Measure:
+        """See Workload."""
+        assert isinstance(peer, Vmrewind), "nothing else is taken"
+        options = [f"--rw={self.pattern}", f"--bs={4 * _KIB}", f"--iodepth={self.depth}", f"--randseed={seed}", "--time_based"]
+        return fio(peer, options, seconds, scratch, second_uri=peer.second_uri)
+
+
+@dataclass(frozen=True, slots=True)
 class QemuImg:
     """``qemu-img bench``: 4 KiB writes through QEMU's block layer, so what a guest's disk would get below its controller."""
 
@@ -131,9 +201,9 @@ class QemuImg:
     depth: int
     group: str = "qemu"
 
-    def takes(self, peer: type[Peer]) -> bool:  # noqa: ARG002
+    def takes(self, peer: type[Peer]) -> bool:
         """Whatever there is: QEMU opens NBD and files alike."""
-        return True
+        return peer is not QemuNbdDirect
 
     def run(self, peer: Peer, seconds: float, seed: int, scratch: Path) -> Measure:  # noqa: ARG002
         """See Workload. The writes are sequential, so there is nothing to seed; their number stands for the time."""
@@ -147,32 +217,31 @@ class QemuImg:
         return Measure(count, count * block, max(float(found[1]), 0.001))
 
 
-def fio(peer: Peer, options: list[str], seconds: float | None, scratch: Path) -> Measure:
-    """Run fio on the peer's disk, for at most so long if a time is given. Raises BenchError."""
+def fio(peer: Peer, options: list[str], seconds: float | None, scratch: Path, *, second_uri: str | None = None) -> Measure:
+    """Run fio on the peer's disk, and the same on a second at once if one is given, for at most so long. Raises BenchError."""
     output = scratch / "fio.json"
-    command = [
-        "fio", "--name=load", "--ioengine=nbd", f"--uri={peer.uri}", f"--size={peer.place.image_size}",
-        f"--output={output}", "--output-format=json", "--eta=never", *options,
-    ]  # fmt: skip
     if seconds is not None:
-        command.append(f"--runtime={max(1, round(seconds * 1000))}ms")
+        options = [*options, f"--runtime={max(1, round(seconds * 1000))}ms"]
+    command = ["fio", f"--output={output}", "--output-format=json", "--eta=never"]
+    for number, uri in enumerate(uri for uri in (peer.uri, second_uri) if uri is not None):
+        command += [f"--name=load{number}", "--ioengine=nbd", f"--uri={uri}", f"--size={peer.place.image_size}", *options]
     done = _run(peer, command, seconds or 0)
     text = output.read_text()
     # libnbd's and fio's own messages come first in the same file.
     start = text.find("{")
     if start < 0:
         raise BenchError(f"{peer.title}: fio said: {text}{done.stderr}")
-    job: dict[str, Any] = json.loads(text[start:])["jobs"][0]
-    kinds = [job[kind] for kind in ("read", "write") if job[kind]["total_ios"]]
-    if job["error"] or not kinds:
-        raise BenchError(f"{peer.title}: fio did nothing (error {job['error']}): {text[:start]}{done.stderr}")
+    jobs: list[dict[str, Any]] = json.loads(text[start:])["jobs"]
+    kinds = [job[kind] for job in jobs for kind in ("read", "write") if job[kind]["total_ios"]]
+    if any(job["error"] for job in jobs) or not kinds:
+        raise BenchError(f"{peer.title}: fio did nothing (errors {[job['error'] for job in jobs]}): {text[:start]}{done.stderr}")
     operations = sum(kind["total_ios"] for kind in kinds)
     latencies = [kind["clat_ns"] for kind in kinds]
     return Measure(
         operations=operations,
         bytes=sum(kind["io_bytes"] for kind in kinds),
         seconds=max(kind["runtime"] for kind in kinds) / 1000,
-        flushes=job["sync"]["total_ios"],
+        flushes=sum(job["sync"]["total_ios"] for job in jobs),
         latency_mean_us=sum(latency["mean"] * latency["N"] for latency in latencies) / operations / 1000,
         latency_p99_us=max(latency["percentile"]["99.000000"] for latency in latencies) / 1000,
     )
@@ -209,13 +278,20 @@ WORKLOADS: Final[tuple[Workload, ...]] = (
         for pattern, word in (("randwrite", "write"), ("randread", "read"), ("randrw", "read and write"))
         for depth in (1, 4, 16)
     ),
+    FioTwoDisks("randwrite", "write", 8),
+    FioTwoDisks("randrw", "read and write", 8),
     *(_sequential(pattern, kib) for pattern in ("write", "read") for kib in (64, 256)),
     *(FioFlushes(every) for every in (1, 16, 128)),
     QemuImg("qemu-write-16", "4 KiB write through QEMU, 16 in flight", 16),
+    FioCold(4 * _KIB),
+    FioCold(64 * _KIB),
 )
+TWO_DISKS: Final = {"4k-randwrite-2x8": "4k-randwrite-16", "4k-randrw-2x8": "4k-randrw-16"}
+"""Loads on two disks at once, and what the same number of requests in flight does on one."""
 GROUPS: Final = {
     "random": "Random",
     "sequential": "Sequential",
     "flush": "With flushes, 16 in flight",
+    "cold": "Reads that are not in the page cache",
     "qemu": "Through QEMU's block layer (qemu-img bench)",
 }

@@ -30,21 +30,28 @@ def test_every_load_on_every_peer_has_its_figures(tmp_path: Path) -> None:
     output, data = tmp_path / "out" / "result.json", tmp_path / "data"
     data.mkdir()
     loads = ["4k-randrw-16", "256k-write-8", "4k-flush-16", "qemu-write-16"]
+    cold = ["4k-coldread-16", "64k-coldread-16"]
 
-    done = bench(data, *TINY, "--only", *loads, "--output", str(output))
+    done = bench(data, *TINY, "--only", *loads, *cold, "4k-randrw-2x8", "--output", str(output))
 
     assert done.returncode == 0, done.stderr
     report = json.loads(output.read_text())
     found = cells(report)
     servers = ["nbdkit", "qemu-nbd", "vmrewind"]
     drivers = ["raw-writeback", "raw-none", "blklogwrites"]
-    assert set(found) == set(product(loads, servers)) | set(product(["qemu-write-16"], drivers))
+    assert set(found) == {
+        *product(loads, servers),
+        *product(["qemu-write-16"], drivers),
+        *product(cold, ["nbdkit", "qemu-nbd-direct", "vmrewind"]),
+        ("4k-randrw-2x8", "vmrewind"),
+    }
+    assert report["two_disks_ratio"]["4k-randrw-2x8 to 4k-randrw-16"] > 0
     for (_, peer), cell in found.items():
         assert len(cell["rounds"]) == 2
         assert cell["operations_per_second"] > 0
         assert cell["bytes_per_second"] >= 4096 * cell["operations_per_second"] * 0.99
         assert cell["vmrewind_ratio"] > 0
-        assert (cell["cpu_seconds_per_gib"] is not None) == (peer in servers)
+        assert (cell["cpu_seconds_per_gib"] is not None) == (peer not in drivers)
     for peer in servers:
         # The last flush may be cut off by the end of the time.
         assert all(abs(load["flushes"] - load["operations"] // 16) <= 1 for load in found["4k-flush-16", peer]["rounds"])
