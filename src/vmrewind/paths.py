@@ -93,6 +93,11 @@ class VmPaths:
         return self.runtime / "control.sock"
 
     @property
+    def dirty_map(self) -> Path:
+        """What a bypass of the journal wrote: capture's own."""
+        return self.runtime / "dirty.map"
+
+    @property
     def keeper(self) -> Path:
         """``{"pid", "run", "capture_pid", "ship_pid", ...}`` of the living keeper."""
         return self.runtime / "keeper.json"

@@ -158,6 +158,20 @@ class DirtyMap:
         self._bits -= bitmap.granule
 
 
+def undeclared_gap(path: Path) -> tuple[int, int, str] | None:
+    """(run, since when, cause) of a gap whose begin the journal could not take yet; None without one."""
+    try:
+        head = path.read_bytes()[:_PAGE]
+    except OSError:
+        return None
+    if len(head) < _HEADER.size:
+        return None
+    magic, run, since_ns, phase, declared, length = _HEADER.unpack_from(head)
+    if magic != _MAGIC or phase == Phase.NONE or declared:
+        return None
+    return run, since_ns, head[_HEADER.size : _HEADER.size + length].decode(errors="replace")
+
+
 def _open(path: Path, run: int, length: int) -> mmap.mmap:
     private_directory(path.parent)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -74,6 +74,9 @@ class Known(Protocol):
     def goes_on(self, run: int) -> bool:
         """Whether nothing can have happened behind the last known record of a run: it ended, or its journal is here."""
 
+    def undeclared_gap(self, run: int) -> tuple[int, str] | None:
+        """Since when (ns), and why, the journal of a run takes no records, not even of that; None if it takes them."""
+
     def nothing_lost(self, info: RunInfo) -> str | None:
         """Why a run of which no record is known may have had some nonetheless, None if it cannot."""
 
@@ -95,6 +98,8 @@ class _Walk:
         self._gaps: list[Gap] = []
         self._stretches: list[tuple[int, int, int]] = []
         self._reached = False
+        self._composable = False
+        """Whether all records are there up to here: what a resync compares with, though a gap may be open."""
         self._open: tuple[int, str] | None = None
 
     def result(self) -> Coverage:
@@ -117,7 +122,9 @@ class _Walk:
         if end < info.first_seq:
             # A run without records leaves the disk as its base or its parent did. But is it one?
             problem = None if leg.cut is not None else self._known.nothing_lost(info)
-            self._reached = problem is None
+            if not self._reached and self._target not in info.bases:
+                problem = problem or f"{info.gaps[self._target].cause}, and nothing was resynced"
+            self._reached = self._composable = problem is None
             if problem is not None:
                 self._interrupt(info.start_time_ns, problem)
             return
@@ -130,7 +137,7 @@ class _Walk:
                 self._interrupt(info.start_time_ns, f"{info.gaps[self._target].cause}, and the resync has not come to its end")
                 return
             first_seq = closed
-        self._reached = hole is None
+        self._reached = self._composable = hole is None
         cause_after = hole.cause if hole is not None else None
         ranges = list(_outside_gaps(records, disk.index, first_seq, last))
         for at, (first, final, gap_cause) in enumerate(ranges):
@@ -150,14 +157,14 @@ class _Walk:
             if self._target in info.gaps or not self._reached:
                 return problem
             return None
-        if self._reached:
+        if self._reached or (self._composable and self._target in info.gaps):
             return None
         if i == 0 and self._branch.missing_parent is not None:
             return f"run {run_name(self._branch.missing_parent)}, which it continues, is not known here"
         return self._open[1] if self._open is not None else f"disk {self._target} has no base"
 
     def _interrupt(self, since_ns: int, cause: str) -> None:
-        self._reached = False
+        self._reached = self._composable = False
         if self._open is None:
             self._open = (since_ns, cause)
 
@@ -179,6 +186,9 @@ class _Walk:
         elif leg.cut is None:
             if records.tail_damage is not None:
                 self._open = (last_ns + 1, records.tail_damage)
+            elif (gap := self._known.undeclared_gap(run)) is not None:
+                until_ns = max(last_ns, gap[0] - 1)
+                self._open = (until_ns + 1, f"the journal takes no records: {gap[1]}")
             elif self._known.goes_on(run):
                 until_ns = None
         else:

@@ -56,6 +56,8 @@ class History:
         """Small files of the journal that cannot be read, and are done without or had from the repository."""
         self.lost: Sequence[int] = ()
         """Runs that began here and whose description is nowhere to be had."""
+        self.undeclared: tuple[int, int, str] | None = None
+        """A gap that the journal does not tell of: (run, since when in ns, cause)."""
         self._bases = bases
         self._described_here = described_here
         self._local = local
@@ -187,6 +189,10 @@ class History:
         if records.local and records.last_known == records.local[-1].last:
             return True
         return records.last_known is not None and self._is_stop(records, records.last_known)
+
+    def undeclared_gap(self, run: int) -> tuple[int, str] | None:
+        """Since when, and why, the journal of a run that goes on takes no records; None if it takes them."""
+        return self.undeclared[1:] if self.undeclared is not None and self.undeclared[0] == run else None
 
     def nothing_lost(self, info: RunInfo) -> str | None:
         """Why a run of which no record is known may have had some nonetheless, None if it cannot.

@@ -221,7 +221,7 @@ def assignment(
         "control_fd": control.fileno(),
         "events": str(paths.events(info.run)),
         "on_journal_full": config.protection.on_journal_full,
-        "dirty_map": str(paths.runtime / "dirty.map"),
+        "dirty_map": str(paths.dirty_map),
     }
 
 

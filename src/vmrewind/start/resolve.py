@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmrewind.capture.dirty import undeclared_gap
 from vmrewind.errors import RepositoryError, UsageError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.paths import VmPaths
@@ -51,7 +52,11 @@ class VmHandle:
                 repository = Repository.open(self.repository_url).vm(self.name)
             except RepositoryError as error:
                 unreachable = error
-        return History.open(self.name, self.journal, repository, bases=self.paths.bases, problem=unreachable)
+        gap = undeclared_gap(self.paths.dirty_map)
+        history = History.open(self.name, self.journal, repository, bases=self.paths.bases, problem=unreachable)
+        # Asked before and after: one that was declared in between is in the records, or not yet.
+        history.undeclared = gap or undeclared_gap(self.paths.dirty_map)
+        return history
 
 
 def open_vm(argument: str) -> VmHandle:
