@@ -98,7 +98,7 @@ class World:
         self.dying = False
         self.promises = Promises(self.paths, self.repository, list(SIZES))
         self.run = 0
-        """The run that the guest was in last."""
+        """The run that the guest is in, or was in when the host died; 0 once it has found what that left."""
         disk_configs = [DiskConfig(target, str(self.image(target))) for target in SIZES]
         protection = Protection(True, disk_configs, str(directory / "repo"), journal_size=self.segments * SEGMENT)
         self.config = VmConfig(VM, None, None, protection, "toml", "web01.toml", "")
@@ -374,9 +374,9 @@ class World:
             self.tally.lost_records += self.promises.lost(parent)
         for disk in self.disks:
             target, image = disk.target, self.image(disk.target).read_bytes()
+            view = views.get(target)
             # If nothing is left of the run that the guest was in, the view is of an earlier one.
-            view = views.get(target) if parent is not None and parent.run == self.run else None
-            disk.check(image, view)
+            disk.check(image, view if parent is not None and parent.run == self.run else None)
             assert self.layer.settled(self.image(target)), f"{target}: what the guest finds may be lost again"
             if view is not None and view != image:
                 self.tally.images_ahead += 1
@@ -385,6 +385,7 @@ class World:
                 base = self.promises.base(target, plan.info.bases[target])
                 assert base == image, f"{target}: the base that it is said to equal differs from {difference(base, image)} on"
             disk.begin(image)
+        self.run = 0
 
 
 @contextlib.contextmanager
