@@ -1,4 +1,7 @@
-"""An S3 server on loopback that answers as it is told: what real stores do once in a thousand times."""
+"""An S3 server on loopback that answers as it is told: what real stores do once in a thousand times.
+
+It takes the two requests of Google's XML interface too that differ in a header only.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,8 @@ class _Request(http.server.BaseHTTPRequestHandler):
     def well(self) -> None:
         objects = self.store.objects
         if self.command == "PUT":
-            if self.path_only in objects and self.headers.get("If-None-Match") == "*":
+            conditional = self.headers.get("If-None-Match") == "*" or self.headers.get("x-goog-if-generation-match") == "0"
+            if self.path_only in objects and conditional:
                 return self.answer(412, code="PreconditionFailed")
             objects[self.path_only] = self.body
             return self.answer(200)

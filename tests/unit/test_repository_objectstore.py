@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import http.server
+import json
 import os
 import signal
 import socket
@@ -9,12 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.odd_s3 import OddS3, answers, hangs
 from vmrewind.errors import RepositoryError, SpaceError
 from vmrewind.repository import objectstore
+from vmrewind.repository.complaints import translated
 from vmrewind.repository.objectstore import Patience
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
@@ -119,6 +125,18 @@ def test_a_put_that_meets_itself_is_told_by_comparing(odd: OddS3) -> None:
         put_verified(store, "l", b"other")
 
 
+def test_every_put_to_s3_tells_its_checksum_as_object_lock_wants_it(odd: OddS3) -> None:
+    told: list[str] = []
+
+    def listens(_: OddS3, request: http.server.BaseHTTPRequestHandler) -> bool:
+        told.append(request.headers["x-amz-checksum-sha256"])
+        return False
+
+    odd.oddities.append(listens)
+    open_store(URL).put("k", b"data")
+    assert told == [base64.b64encode(hashlib.sha256(b"data").digest()).decode()]
+
+
 def test_a_repository_whose_first_put_met_itself_is_made(odd: OddS3) -> None:
     odd.oddities.append(answers(503, "SlowDown", method="PUT", times=1, lands=True))
     assert Repository.init(URL).id == Repository.open(URL).id
@@ -187,6 +205,18 @@ def test_a_store_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store(URL)
 
 
+def test_google_is_asked_for_put_if_absent_in_its_own_words(odd: OddS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    account = {"gcs_base_url": odd.endpoint, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("GOOGLE_BASE_URL", odd.endpoint)
+    made = Repository.init("gs://bucket/pre")
+    assert Repository.open("gs://bucket/pre").id == made.id
+    with pytest.raises(AlreadyExists):
+        open_store("gs://bucket/pre").put("repository.json", b"other")
+    assert list(odd.objects) == [PATH + "repository.json"]
+
+
 def test_signatures_in_urls_are_not_repeated(odd: OddS3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2021&sig=the-secret")
@@ -199,3 +229,6 @@ def test_signatures_in_urls_are_not_repeated(odd: OddS3, monkeypatch: pytest.Mon
                 operation()
             assert "the-secret" not in str(caught.value) + caught.value.hint
     assert os.environ["AZURE_STORAGE_SAS_TOKEN"] not in repr(store)
+    unheard_of = ValueError("Error performing GET http://h/c/k?sv=1&sig=the-secret in 3ms - HTTP error: of a new kind")
+    said = str(translated(unheard_of, "az://c", "k", "read"))
+    assert "the-secret" not in said and "of a new kind" in said
