@@ -98,6 +98,11 @@ class VmPaths:
         return self.runtime / "dirty.map"
 
     @property
+    def keeper_socket(self) -> Path:
+        """The socket for instructions to the keeper, in the same way."""
+        return self.runtime / "keeper.sock"
+
+    @property
     def keeper(self) -> Path:
         """``{"pid", "run", "capture_pid", "ship_pid", ...}`` of the living keeper."""
         return self.runtime / "keeper.json"

@@ -1,4 +1,4 @@
-"""The hook's steps, with a keeper that does nothing but what the contract says: report, run on, end on SIGTERM."""
+"""The hook's steps, with a keeper that does nothing but what the contract says: report, run on, end on SIGINT."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ if behaviour == "babbles":
 def end(*_):
     open(runtime + "/ended", "w").close()
     sys.exit(0)
-signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
 fds = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
 os.makedirs(runtime + "/web01", exist_ok=True)
 ticks = int(open("/proc/self/stat").read().rpartition(")")[2].split()[19])
 own = {"pid": os.getpid(), "started_ticks": ticks}
-state = {"run": "00000000000000ff", "mode": "libvirt", "keeper": own, "capture": None, "ship": None, "qemu": None}
+state = {"run": "00000000000000ff", "mode": "libvirt", "keeper": own, "capture": own, "ship": None, "qemu": None}
 state |= {"fds": sorted(fds), "sid": os.getsid(0)}
 json.dump(state, open(runtime + "/web01/keeper.json", "w"))
 if behaviour == "serves":
@@ -240,7 +240,7 @@ def test_a_qemu_that_libvirt_lost_sight_of_is_not_given_a_second_beside_it() -> 
 def test_a_keeper_that_does_not_finish_is_reported() -> None:
     hook.handle("web01", "prepare", "begin", PROTECTED)
     pid = keeper_process().pid
-    os.kill(pid, signal.SIGSTOP)  # stopped, it does not take SIGTERM
+    os.kill(pid, signal.SIGSTOP)  # stopped, it does not take SIGINT
     try:
         began = time.monotonic()
         with pytest.raises(VmStateError, match="did not finish within"):

@@ -1,7 +1,8 @@
 """The first child process: ``python -m vmrewind.capture --journal DIR --journal-size BYTES``.
 
 It allots its storage space and says so, reads one line from stdin (the assignment: run, disks, sockets; docs/architecture.md),
-says that it is ready, and serves until SIGTERM. Standard library and xxhash only: it is in the path of every guest I/O, and
+says that it is ready, and serves until SIGTERM. With ``--standby`` it touches nothing before it has that line: the capture whose
+place it takes serves until then. Standard library and xxhash only: it is in the path of every guest I/O, and
 there is one for every protected VM of a host.
 """
 
@@ -53,14 +54,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="vmrewind.capture")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--journal-size", type=int, required=True)
+    parser.add_argument("--standby", action="store_true")
     arguments = parser.parse_args()
     os.umask(0o077)
+    line = ""
     try:
+        if arguments.standby:
+            print_event("standby", pid=os.getpid())
+            line = sys.stdin.readline()
+            if not line:
+                return 0
         lock = lock_journal(arguments.journal)
         pool = SegmentPool(arguments.journal, arguments.journal_size)
         pool.allot()
         print_event("allotted", pid=os.getpid(), journal=str(arguments.journal), bytes=arguments.journal_size)
-        line = sys.stdin.readline()
+        line = line or sys.stdin.readline()
         if not line:
             return 0
         server = prepare(arguments.journal, pool, json.loads(line))

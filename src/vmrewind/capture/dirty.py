@@ -45,6 +45,16 @@ class Phase(enum.IntEnum):
     """Writes are journaled again, and what was bypassed is being journaled."""
 
 
+def is_bypassed(path: Path, run: int) -> bool:
+    """Whether a capture of the run left images that are newer than its journal, or may be."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER.size)
+    except FileNotFoundError:
+        return False
+    return header[:16] == _MAGIC + run.to_bytes(8, "little") and header[_PHASE_AT] != Phase.NONE
+
+
 def granule_of(size: int) -> int:
     """Bytes that one bit stands for on a disk of ``size`` bytes."""
     granule = _GRANULE_MIN

@@ -239,6 +239,11 @@ class Durability:
         if ticks % CHECKPOINT_SECONDS == 0 or written >= self._checkpoint_segments:
             self.checkpoint()
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._checkpointing
+
     def checkpoint(self) -> None:
         """Start a checkpoint unless one is running or there is nothing to do."""
         batch = self._state.applied
@@ -274,6 +279,14 @@ class Durability:
             f"an image cannot be written to stable storage: {os.strerror(error)}",
             "free space where the images are, or repair what they lie on; the journal keeps their writes until then",
         )
+
+    def leave(self) -> None:
+        """End the threads, what they do at hand being done; raises ImageError if an image fails. Whoever goes on syncs the rest."""
+        self._flusher.stop()
+        self._checkpointer.stop()
+        # The kernel tells once that it lost a write, and has told it here.
+        if self._image_error:
+            self._images_lost_writes(self._image_error)
 
     def finish(self) -> None:
         """The last sync and checkpoint, in this thread; raises ImageError if an image fails."""

@@ -106,6 +106,7 @@ class Server:
         self.unread: list[tuple[Disk, int, int]] = []
         """Ranges that a failed write may have changed and that cannot be read; tried again until they can."""
         self._stopping = False
+        self._handing_over = False
         self._hold_began_ns = 0
         self._ticks = 0
         self.durability = Durability(journal, writer, state, images, events, pool.segments_max, self.post)
@@ -114,7 +115,7 @@ class Server:
     # -- the loop
 
     def serve(self) -> None:
-        """Run until ``stop`` is called, then end the run cleanly."""
+        """Run until ``stop`` or ``hand_over`` is called, then end, and the run with it or not."""
         next_tick = time.monotonic() + _TICK_SECONDS
         while not self._stopping:
             if self._reading or self.bypass.resyncs_now:
@@ -138,17 +139,28 @@ class Server:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_SECONDS
                 self._tick()
+            if self._handing_over and not self.durability.checkpointing:
+                self._leave()
+                return
         self._finish()
 
     def heed_signals(self) -> None:
-        """SIGTERM and SIGINT end the run cleanly from now on; to be called before anybody is told that disks are served."""
+        """SIGTERM and SIGINT end the run cleanly from now on, SIGUSR1 leaves it to the next capture; to be called before anybody
+        is told that disks are served."""
         signal.signal(signal.SIGTERM, lambda *_: self.stop())
         signal.signal(signal.SIGINT, lambda *_: self.stop())
+        signal.signal(signal.SIGUSR1, lambda *_: self.post(self.hand_over))
 
     def stop(self) -> None:
         """End the run at the next turn of the loop."""
-        self._stopping = True
+        self._stopping, self._handing_over = True, False
         os.eventfd_write(self._wakeup, 1)
+
+    def hand_over(self) -> None:
+        """Leave the run to another capture, which goes on with it, once the images are synced: the guest is served until then."""
+        print_event("handing-over")
+        self._handing_over = True
+        self.durability.checkpoint()
 
     def post(self, callback: Callable[[], None]) -> None:
         """Run ``callback`` in the loop; may be called from any thread."""
@@ -440,11 +452,7 @@ class Server:
 
     def _finish(self) -> None:
         """Hang up on everybody, end the run in the journal, sync all, and leave word of what the images hold."""
-        for disk in self.disks.values():
-            for connection in list(disk.connections):
-                connection.close()
-        for listener in self._listeners:
-            listener.close()
+        self._hang_up()
         # The end of a run is worth a segment beyond the quota: without it the next start could not trust the images.
         self.pool.stretch = True
         gap = self.bypass.cause
@@ -464,6 +472,24 @@ class Server:
         identities = {disk.target: disk.image.identity() for disk in known}
         write_durably(self.journal / "head.json", Head(position, identities, gap).to_json())
         self.events.write("capture.stopped", seq=ended)
+        for disk in self.disks.values():
+            disk.image.close()
+
+    def _hang_up(self) -> None:
+        """Answer nobody any more: what has no answer is sent again to whoever serves next."""
+        for disk in self.disks.values():
+            for connection in list(disk.connections):
+                connection.close()
+        for listener in self._listeners:
+            listener.close()
+
+    def _leave(self) -> None:
+        """Hang up on everybody and leave journal and images as they are: the run goes on."""
+        self._hang_up()
+        print_event("handed-over")
+        self._declare_dropped()
+        self.durability.leave()
+        self.events.write("capture.handed-over", pid=os.getpid(), seq=self.writer.next_seq - 1)
         for disk in self.disks.values():
             disk.image.close()
 

@@ -29,6 +29,7 @@ app.command("vmrewind.cli.mark:mark", name="mark")
 app.command("vmrewind.cli.events:events", name="events")
 app.command("vmrewind.cli.restore:restore", name="restore")
 app.command("vmrewind.cli.capture:capture", name="capture")
+app.command("vmrewind.cli.restart_capture:restart_capture", name="restart-capture")
 app.command("vmrewind.cli.hook:hook", name="hook")
 
 ship_app = cyclopts.App(name="ship", help="Switch the carrying of history to the repository on or off.")

@@ -9,7 +9,8 @@ from typing import Any
 
 from vmrewind.errors import ConfigError
 from vmrewind.paths import VmPaths
-from vmrewind.start.keeping import Keeper, Storage
+from vmrewind.start.keeping import Keeper
+from vmrewind.start.serving import Storage
 from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.toml import load_toml, peek_storage
 

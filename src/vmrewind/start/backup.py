@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from vmrewind.errors import StartError
 from vmrewind.start.bases import Progress
-from vmrewind.start.keeping import Keeper, Storage
+from vmrewind.start.keeping import Keeper
 from vmrewind.start.resolve import VmHandle
+from vmrewind.start.serving import Storage
 
 
 async def back_up_vm(handle: VmHandle, targets: Sequence[str], say: Callable[[str], None], progress: Progress) -> dict[str, str]:

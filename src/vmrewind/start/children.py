@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,15 +18,18 @@ from typing import Any, Final
 
 from vmrewind.errors import ConfigError, StartError, by_kind
 from vmrewind.journal.format import run_name
-from vmrewind.journal.runs import private, private_directory
+from vmrewind.journal.runs import ImageIdentity, RunInfo, private, private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.start.environment import without_credentials
-from vmrewind.start.plan import Plan
 from vmrewind.vmconfig.model import VmConfig
 
 SOCKET_PATH_BYTES_MAX: Final = 107
 _BACKLOG: Final = 64
 CLEAN: Final = "exit code 0"
+_HEED_SECONDS: Final = 5.0
+"""A capture that has not heeded a signal by then hangs."""
+_HAND_OVER_SECONDS: Final = 60.0
+"""For so long its last checkpoint may take, and the sync that is at hand when it ends."""
 # With 20 protected VMs on a host, each process's own arenas would cost more than its work.
 # The safe path keeps them from importing what lies in the directory that the VM happens to be started in.
 _ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
@@ -57,21 +62,28 @@ def listen(path: Path, owner: tuple[int, int] | None) -> socket.socket:
 
 
 class CaptureChild:
-    """One capture process. ``create`` gives it its storage space, ``assign`` its disks; then it serves."""
+    """One capture process. ``create`` gives it its storage space, ``assign`` its disks; then it serves.
 
-    def __init__(self, process: Process, log: Path) -> None:
+    One that stands by has started, and touches nothing before it is assigned its disks.
+    """
+
+    def __init__(self, process: Process, log: Path, *, standby: bool = False) -> None:
         self._process = process
         self._log = log
+        self._standby = standby
 
     @classmethod
-    async def create(cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = ()) -> CaptureChild:
-        """Start the process and wait until its storage space is allotted; raises what it reports."""
+    async def create(
+        cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = (), *, standby: bool = False
+    ) -> CaptureChild:
+        """Start the process and wait until its storage space is allotted, or it stands by; raises what it reports."""
         command = [sys.executable, "-m", "vmrewind.capture", "--journal", str(journal), "--journal-size", str(journal_size)]
+        command += ["--standby"] if standby else []
         environment = without_credentials(os.environ)
         process = await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit, environment=environment)
-        child = cls(process, paths.log)
+        child = cls(process, paths.log, standby=standby)
         try:
-            await child._expect("allotted")
+            await child._expect("standby" if standby else "allotted")
         except BaseException:
             await child.kill()
             raise
@@ -86,6 +98,8 @@ class CaptureChild:
             self._process.stdin.close()
         except (BrokenPipeError, ConnectionResetError):
             pass  # It has died, and what it said before is about to be read.
+        if self._standby:
+            await self._expect("allotted")
         return await self._expect("ready")
 
     async def _expect(self, event: str) -> Mapping[str, Any]:
@@ -112,6 +126,27 @@ class CaptureChild:
     async def wait(self) -> str:
         """Wait for its end; returns how it ended, in words."""
         return _ending(await self._process.wait())
+
+    async def hand_over(self) -> float:
+        """Have it end and leave the run to the next capture; returns when it stopped serving (``time.monotonic()``).
+
+        One that hangs is killed: the journal is built for that.
+        """
+        assert self._process.stdout is not None, "the process was created with a pipe"
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
+        stopped = time.monotonic()
+        try:
+            async with asyncio.timeout(_HEED_SECONDS):
+                heeded = await self._process.stdout.readline()
+            async with asyncio.timeout(_HAND_OVER_SECONDS):
+                while heeded and json.loads(heeded)["event"] != "handed-over":
+                    heeded = await self._process.stdout.readline()
+                stopped = time.monotonic()
+                await self._process.wait()
+        except TimeoutError:
+            await self.kill()
+        return stopped
 
     async def stop(self) -> str:
         """Ask for a clean end of the run and wait for it."""
@@ -193,10 +228,15 @@ class ResyncChild:
 
 
 def assignment(
-    plan: Plan, config: VmConfig, paths: VmPaths, nbd_socket: Path, nbd: socket.socket, control: socket.socket
+    info: RunInfo,
+    identities: Mapping[str, ImageIdentity],
+    config: VmConfig,
+    paths: VmPaths,
+    nbd_socket: Path,
+    nbd: socket.socket,
+    control: socket.socket,
 ) -> dict[str, Any]:
     """What capture is told of its run (docs/architecture.md)."""
-    info = plan.info
     return {
         "vm": info.vm,
         "uuid": info.uuid,
@@ -211,7 +251,7 @@ def assignment(
                 "image": disk.image,
                 "format": disk.format,
                 "size": disk.size,
-                "identity": asdict(plan.identities[disk.target]),
+                "identity": asdict(identities[disk.target]),
             }
             for disk in info.disks
         ],

@@ -12,9 +12,10 @@ from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
 from vmrewind.start.images import make_whole, may_start_unprotected
-from vmrewind.start.keeping import Keeper, Storage
+from vmrewind.start.keeping import Keeper
 from vmrewind.start.places import make_places
 from vmrewind.start.qemu import Qemu
+from vmrewind.start.serving import Storage
 from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.toml import load_toml, peek_storage
 
@@ -56,7 +57,7 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         say(f"{config.name}: NOT PROTECTED: {error}")
         say(f'{config.name}: starting it all the same, because on_failure = "start-unprotected"')
         keeper.events.write("start.unprotected", error=str(error))
-        keeper.note_unprotected()
+        keeper.note_unprotected(str(error))
         try:
             return await _unprotected(config, say, stop)
         finally:

@@ -24,6 +24,7 @@ from vmrewind.journal.runs import private, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.control import instruct
 from vmrewind.start.environment import guard_files
+from vmrewind.start.leftovers import connected
 from vmrewind.start.places import require_own_places
 from vmrewind.start.processes import Process, running
 
@@ -105,8 +106,10 @@ def stop_keeper(paths: VmPaths, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -
         )
     deadline = time.monotonic() + timeout_seconds
     # a keeper that was killed left its children behind: capture first, so that its last records are there for ship to send
-    for role, process in (("keeper", keeping.keeper), ("capture", keeping.capture), ("ship", keeping.ship)):
-        if process is not None and not _end(process, deadline):
+    for role in ("keeper", "capture", "server", "ship"):
+        process: Process | None = getattr(keeping, role)
+        # the keeper ends at SIGTERM only once nobody has the disks; here the VM has ended, whoever else may look at them
+        if process is not None and not _end(process, signal.SIGINT if role == "keeper" else signal.SIGTERM, deadline):
             raise VmStateError(
                 f"the {role} of {paths.name} (process {process.pid}) did not finish within {timeout_seconds:.0f} seconds",
                 f"see {paths.log}: is the journal's storage reachable?",
@@ -114,8 +117,8 @@ def stop_keeper(paths: VmPaths, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -
     return True
 
 
-def _end(process: Process, deadline: float) -> bool:
-    """Send SIGTERM and wait for the end; False if it did not come in time."""
+def _end(process: Process, number: signal.Signals, deadline: float) -> bool:
+    """Send a signal and wait for the end; False if it did not come in time."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except ProcessLookupError:
@@ -123,7 +126,7 @@ def _end(process: Process, deadline: float) -> bool:
     try:
         if process.alive:  # looked at now that the descriptor pins it: the pid cannot go to another process any more
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                signal.pidfd_send_signal(descriptor, number)
             poll = select.poll()
             poll.register(descriptor, select.POLLIN)
             return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
@@ -134,15 +137,21 @@ def _end(process: Process, deadline: float) -> bool:
 
 def _refuse_connected(paths: VmPaths) -> None:
     """A QEMU that libvirt has lost sight of would come back to the next capture's socket, beside the new QEMU."""
-    if running(paths) is None:
+    keeping = running(paths)
+    if keeping is None:
         return
+    if keeping.server is not None and connected(paths.nbd_socket):
+        raise VmStateError(
+            f"{paths.name}: a QEMU that libvirt does not know of is still connected to its disks",
+            f"end that QEMU first (fuser {paths.nbd_socket} helps to find it)",
+        )
     try:
         disks = instruct(paths, command="status")["disks"]
     except VmrewindError:
         return  # its capture is gone, and with it every connection
-    if connected := [target for target, disk in disks.items() if disk["clients"]]:
+    if in_use := [target for target, disk in disks.items() if disk["clients"]]:
         raise VmStateError(
-            f"{paths.name}: a QEMU that libvirt does not know of is still connected to {', '.join(connected)}",
+            f"{paths.name}: a QEMU that libvirt does not know of is still connected to {', '.join(in_use)}",
             f"end that QEMU first (fuser {paths.nbd_socket} helps to find it)",
         )
 

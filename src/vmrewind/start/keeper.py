@@ -1,6 +1,7 @@
 """The keeper as a process of its own, under libvirt: ``python -m vmrewind.start.keeper``, started by the hook.
 
-It reports once, on a pipe, whether the VM may start, and then lives until the hook at the VM's release sends SIGTERM.
+It reports once, on a pipe, whether the VM may start, and then lives until the hook at the VM's release sends SIGINT. SIGTERM, which
+a shutdown of the host or an administrator sends, ends it too, but not before the VM has let go of its disks.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmrewind.errors import ConfigError, StartError, VmrewindError
-from vmrewind.journal.events import EventLog
 from vmrewind.paths import VmPaths
+from vmrewind.start.children import listen
 from vmrewind.start.environment import guard_files
 from vmrewind.start.images import make_whole, may_start_unprotected
-from vmrewind.start.keeping import Keeper, Storage
+from vmrewind.start.keeping import Keeper
+from vmrewind.start.leftovers import connected
 from vmrewind.start.libvirt import Libvirt, qemu_owner
-from vmrewind.start.unprotected import UnprotectedServer
+from vmrewind.start.places import make_places
+from vmrewind.start.serving import Storage
+from vmrewind.start.unprotected import UnprotectedServer, prepare_images
 from vmrewind.vmconfig.domain import parse_domain, peek_storage
 from vmrewind.vmconfig.model import VmConfig
 
 _RESUME_SECONDS: Final = 60
 """How long after capture's return a VM that pauses on an I/O error is resumed: a resume that comes too early pauses again."""
 _RESUME_POLL_SECONDS: Final = 0.2
+_CONNECTED_POLL_SECONDS: Final = 0.5
 
 
 def main() -> int:
@@ -74,8 +79,7 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
     storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
     keeper = Keeper(storage, "libvirt", qemu_owner())
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    _heed_signals(keeper, stop)
 
     def load() -> VmConfig:
         config = parse_domain(xml)
@@ -97,19 +101,43 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
         make_whole(config.name, storage.journal, _log)
         await _serve_unprotected(keeper, config, error, report_ready, stop)
         return
-    resumer = Resumer(domain, keeper.events)
+    resumer = Resumer(domain, keeper)
     keeper.after_restart = resumer.capture_is_back
     report_ready()
     await stop.wait()
     await keeper.stop()
 
 
+def _heed_signals(keeper: Keeper, stop: asyncio.Event) -> None:
+    """SIGINT, the hook's word that the VM has ended, sets ``stop``; SIGTERM does as soon as no QEMU has the disks any more."""
+    loop = asyncio.get_running_loop()
+    waiting: list[asyncio.Task[None]] = []
+
+    async def when_released() -> None:
+        if connected(keeper.nbd_socket):
+            _log("told to end, and the VM still has its disks: ending once it has let go of them")
+            keeper.events.write("keeper.end-deferred", reason="the VM still has its disks")
+        while connected(keeper.nbd_socket):
+            await asyncio.sleep(_CONNECTED_POLL_SECONDS)
+        stop.set()
+
+    def terminate() -> None:
+        if not waiting:
+            waiting.append(loop.create_task(when_released()))
+
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+
+
 async def _serve_unprotected(
     keeper: Keeper, config: VmConfig, error: VmrewindError, report_ready: Callable[[], None], stop: asyncio.Event
 ) -> None:
     """The administrator rather has the VM run unprotected than not at all: serve its images as they are."""
-    server = await UnprotectedServer.start(config, keeper.paths, qemu_owner())
-    keeper.note_unprotected()
+    make_places(keeper.paths, qemu_owner())
+    prepare_images(config)
+    with contextlib.closing(listen(keeper.nbd_socket, qemu_owner())) as listener:
+        server = await UnprotectedServer.start(config, keeper.paths, keeper.nbd_socket, listener)
+    keeper.note_unprotected(str(error), server.pid)
     keeper.events.write("start.unprotected", error=str(error))
     _log(f"{config.name}: NOT PROTECTED: {error}")
     report_ready()
@@ -132,9 +160,9 @@ class Resumer:
     the VM pauses instead of passing an error to its guest. Libvirt is only talked to after a restart, never during a hook.
     """
 
-    def __init__(self, domain: str, events: EventLog) -> None:
+    def __init__(self, domain: str, keeper: Keeper) -> None:
         self._domain = domain
-        self._events = events
+        self._keeper = keeper
         self._lock = threading.Lock()
         self._deadline = 0.0
         self._watching = False
@@ -164,7 +192,7 @@ class Resumer:
     def _resume_if_paused(self) -> None:
         with Libvirt() as libvirt:
             if libvirt.domain(self._domain).resume_after_io_error():
-                self._events.write("vm.resumed", reason="it had paused on an I/O error while capture was away")
+                self._keeper.events.write("vm.resumed", reason="it had paused on an I/O error while capture was away")
 
 
 if __name__ == "__main__":

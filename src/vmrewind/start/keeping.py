@@ -12,60 +12,31 @@ import contextlib
 import fcntl
 import os
 import socket
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vmrewind.errors import SpaceError, StartError, VmrewindError, VmStateError
+from vmrewind.errors import SpaceError, VmStateError
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
-from vmrewind.journal.runs import new_run_id, run_path, write_durably
+from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
-from vmrewind.start.children import CLEAN, CaptureChild, ResyncChild, ShipChild, assignment, listen
-from vmrewind.start.control import instruct
+from vmrewind.start.children import CLEAN, ResyncChild, ShipChild, listen
+from vmrewind.start.keeper_control import KeeperControl
+from vmrewind.start.leftovers import clear_leftovers
 from vmrewind.start.places import make_places
 from vmrewind.start.plan import Plan, Planner
-from vmrewind.start.processes import Keeping, Process, running
+from vmrewind.start.processes import Keeping, Process
+from vmrewind.start.serving import Deaths, Serving, Storage
 from vmrewind.start.wanted import write_wanted
 from vmrewind.vmconfig.model import VmConfig
 
-DEATHS_MAX: Final = 5
-DEATHS_SECONDS: Final = 60
-"""After this many deaths of a child within this time, its next start waits: a child that cannot live must not eat the host."""
-_PATIENCE_SECONDS: Final = 1.0
 _SHIP_RESTART_SECONDS: Final = 0.2
 _SHIP_STOP_SECONDS: Final = 10.0
 _SHIP_FINISH_SECONDS: Final = 7.0
-_LEFTOVER_SECONDS: Final = 60.0
 _RESYNC_RETRY_SECONDS: Final = 2.0
 _RESYNC_RETRY_SECONDS_MAX: Final = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """The storage space that capture is given, known before the configuration is looked at closely."""
-
-    name: str
-    journal: Path
-    journal_size: int
-
-
-class Deaths:
-    """Counts a child's recent deaths."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=DEATHS_MAX)
-
-    def pause_seconds(self) -> float:
-        """One more death: how long to wait before the next start."""
-        now = time.monotonic()
-        self._times.append(now)
-        many = len(self._times) == DEATHS_MAX and now - self._times[0] < DEATHS_SECONDS
-        return _PATIENCE_SECONDS if many else 0.0
 
 
 class Keeper:
@@ -78,19 +49,21 @@ class Keeper:
         self.run = new_run_id()
         self.events = EventLog(self.paths.events(self.run))
         self.after_restart: Callable[[], None] = lambda: None
-        """Called after a dead capture was replaced."""
+        """Called when the disks are served again after they were not."""
         self.nbd_socket = nbd_socket or self.paths.nbd_socket
         self._owner = owner
-        self._capture: CaptureChild | None = None
+        self._serving: Serving | None = None
         self._ship: ShipChild | None = None
-        self._sockets: tuple[socket.socket, ...] = ()
-        self._assignment: dict[str, Any] = {}
+        self._sockets: list[socket.socket] = []
+        self._control = KeeperControl({"restart-capture": self._restart_capture})
         self._plan: Plan | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._resyncing: asyncio.Task[None] | None = None
         self._stopping = False
         self._qemu_pid: int | None = None
         self._repository: str | None = None
         self._trouble: str | None = None
+        self._server_pid: int | None = None
         self._lock = -1
 
     @property
@@ -106,8 +79,8 @@ class Keeper:
     @property
     def capture_pid(self) -> int:
         """The living capture's process id."""
-        assert self._capture is not None, "asked after the start"
-        return self._capture.pid
+        assert self._serving is not None and self._serving.capture is not None, "asked after the start"
+        return self._serving.capture.pid
 
     # -- the order of a start: docs/architecture.md
 
@@ -136,11 +109,12 @@ class Keeper:
     async def _bring_up(
         self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None, backup: Sequence[str]
     ) -> VmConfig:
-        self._sockets = (listen(self.nbd_socket, self._owner), listen(self.paths.control_socket, None))
+        listeners = (self._listen(self.nbd_socket, self._owner), self._listen(self.paths.control_socket))
         storage = self.storage
-        self._capture = await self._create_capture()
-        self._note()
-        self.events.write("capture.created", pid=self._capture.pid, journal=str(storage.journal), bytes=storage.journal_size)
+        self._serving = Serving(self, self.paths, storage, self.nbd_socket, listeners, say)
+        capture = await self._serving.create()
+        self.note()
+        self.events.write("capture.created", pid=capture.pid, journal=str(storage.journal), bytes=storage.journal_size)
 
         config = load()
         self.events.write("config.parsed", disks=[disk.target for disk in config.protection.disk])
@@ -154,30 +128,31 @@ class Keeper:
         self._rename(plan.info.run)
         write_durably(run_path(storage.journal, self.run), plan.info.to_json())
         self._plan = plan
-        self._assignment = assignment(plan, config, self.paths, self.nbd_socket, *self._sockets)
         try:
-            ready = await self._capture.assign(self._assignment)
+            ready = await self._serving.assign(config, plan.info, plan.identities)
         except BaseException:
             # Not one record was written: the run never was.
             run_path(storage.journal, self.run).unlink()
             raise
-        # From now on a capture that finds no journal of this run must not begin one: it was deleted.
-        self._assignment["resuming"] = True
         self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
 
-        self._tasks.append(asyncio.create_task(self._keep_capture()))
+        self._tasks.append(asyncio.create_task(self._serving.keep()))
+        await self._control.listen(self._listen(self.paths.keeper_socket))
         if config.protection.repository is not None:
             auto = config.protection.ship == "auto"
             write_wanted(self.paths, [disk.target for disk in config.protection.disk] if auto else [])
             repository = config.protection.repository
             self._repository = repository
             self._ship = await self._create_ship(repository)
-            self._note()
+            self.note()
             self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
             self._tasks.append(asyncio.create_task(self._keep_ship(repository)))
-            if plan.resync:
-                self._tasks.append(asyncio.create_task(self._resync(repository, plan.resync)))
+            self._begin_resync(plan.resync)
         return config
+
+    def _listen(self, path: Path, owner: tuple[int, int] | None = None) -> socket.socket:
+        self._sockets.append(listen(path, owner))
+        return self._sockets[-1]
 
     def _lock_vm(self) -> None:
         """One keeper for a VM: held until this process ends. Of two starts at once, one is refused and touches nothing."""
@@ -197,74 +172,62 @@ class Keeper:
             self.run = run
             log.replace(self.paths.events(run))
             self.events = EventLog(self.paths.events(run))
-            self._note()
+            self.note()
 
     def qemu_started(self, pid: int) -> None:
         """QEMU is there, its CPU still paused."""
         self._qemu_pid = pid
-        self._note()
+        self.note()
         self.events.write("qemu.started", pid=pid)
 
-    def note_unprotected(self) -> None:
-        """The VM runs without protection: no child of this keeper's is alive."""
-        self._capture = self._ship = None
-        self._note()
-
-    async def _create_capture(self) -> CaptureChild:
-        inherit = tuple(sock.fileno() for sock in self._sockets)
-        return await CaptureChild.create(self.paths, self.storage.journal, self.storage.journal_size, inherit)
+    def note_unprotected(self, why: str, server_pid: int | None = None) -> None:
+        """The VM was started without protection: of this keeper's children at most a server of its images is alive."""
+        self._serving = self._ship = None
+        self._trouble = why
+        self._server_pid = server_pid
+        self.note()
 
     async def _create_ship(self, repository: str) -> ShipChild:
         return await ShipChild.create(self.paths, self.storage.journal, repository)
 
-    def _note(self) -> None:
+    def note(self) -> None:
         """Tell the other commands who is alive."""
         own = Process.of(os.getpid())
         assert own is not None, "this process is alive"
-        Keeping(
-            self.run_name,
-            self.mode,
-            own,
-            Process.of(self._capture.pid) if self._capture else None,
-            Process.of(self._ship.pid) if self._ship else None,
-            Process.of(self._qemu_pid) if self._qemu_pid else None,
-            self._trouble,
-        ).write(self.paths)
+        serving = self._serving
+        capture = serving.capture.pid if serving is not None and serving.capture is not None else None
+        server = serving.server.pid if serving is not None and serving.server is not None else self._server_pid
+        ship = self._ship.pid if self._ship is not None else None
+        pids = {"capture": capture, "ship": ship, "qemu": self._qemu_pid, "server": server}
+        processes = {role: Process.of(pid) for role, pid in pids.items() if pid is not None}
+        trouble = serving.trouble if serving is not None else self._trouble
+        protected = serving is not None and serving.server is None
+        Keeping(self.run_name, self.mode, own, **processes, trouble=trouble, protected=protected).write(self.paths)
 
     # -- keeping
 
-    async def _keep_capture(self) -> None:
-        deaths = Deaths()
-        while True:
-            assert self._capture is not None, "capture was created before it is kept"
-            ending = await self._capture.wait()
-            if self._stopping:
-                return
-            self.events.write("capture.died", pid=self._capture.pid, ending=ending)
-            await asyncio.sleep(deaths.pause_seconds())
-            await self._replace_capture()
-            self.after_restart()
+    def served_again(self) -> None:
+        """Part of ``Serving``'s contract."""
+        self.after_restart()
 
-    async def _replace_capture(self) -> None:
-        """Start captures until one serves: the guest waits meanwhile, and nothing it was promised is lost."""
-        while True:
-            try:
-                self._capture = await self._create_capture()
-                self._note()
-                await self._capture.assign(self._assignment)
-            except (VmrewindError, OSError) as error:
-                hint = getattr(error, "hint", "")
-                trouble = f"{error} ({hint})" if hint else str(error)
-                if trouble != self._trouble:
-                    self._trouble = trouble
-                    self.events.write("capture.restart-failed", error=str(error), hint=hint)
-                self._note()
-                await asyncio.sleep(_PATIENCE_SECONDS)
-            else:
-                self._trouble = None
-                self._note()
-                self.events.write("capture.restarted", pid=self._capture.pid)
-                return
+    def goes_on_as(self, info: RunInfo) -> None:
+        """Part of ``Serving``'s contract."""
+        if self._resyncing is not None:
+            # It would compare with a history that the disks have left.
+            self._resyncing.cancel()
+        self.run = info.run
+        self.events = EventLog(self.paths.events(info.run))
+
+    def protected_again(self, info: RunInfo) -> None:
+        """Part of ``Serving``'s contract."""
+        if self._repository is not None:
+            self._begin_resync(list(info.gaps))
+
+    async def _restart_capture(self) -> dict[str, Any]:
+        assert self._serving is not None, "instructions are taken once the disks are served"
+        self.events.write("capture.restart-asked")
+        seconds = await self._serving.restart()
+        return {"pid": self.capture_pid, "run": self.run_name, "pause_seconds": round(seconds, 3)}
 
     async def _keep_ship(self, repository: str) -> None:
         deaths = Deaths()
@@ -276,8 +239,13 @@ class Keeper:
             self.events.write("ship.died", pid=self._ship.pid, ending=ending)
             await asyncio.sleep(_SHIP_RESTART_SECONDS + deaths.pause_seconds())
             self._ship = await self._create_ship(repository)
-            self._note()
+            self.note()
             self.events.write("ship.restarted", pid=self._ship.pid)
+
+    def _begin_resync(self, disks: Sequence[str]) -> None:
+        if disks and self._repository is not None:
+            self._resyncing = asyncio.create_task(self._resync(self._repository, disks))
+            self._tasks.append(self._resyncing)
 
     async def _resync(self, repository: str, disks: Sequence[str]) -> None:
         """Close the gaps that this run began with. A resync that fails is tried again: the repository may be away for a while."""
@@ -301,19 +269,17 @@ class Keeper:
     async def stop(self) -> None:
         """End the run cleanly: capture first, so that its last records are there for ship to send."""
         self._stopping = True
+        await self._control.close()
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        if self._capture is not None:
-            if self._plan is None:
-                await self._capture.kill()
-            else:
-                self.events.write("capture.ended", ending=await self._capture.stop())
+        if self._serving is not None:
+            self.events.write("capture.ended", ending=await self._serving.stop())
         await self._stop_ship()
         for sock in self._sockets:
             sock.close()
-        for path in (self.nbd_socket, self.paths.control_socket, self.paths.keeper):
+        for path in (self.nbd_socket, self.paths.control_socket, self.paths.keeper_socket, self.paths.keeper):
             path.unlink(missing_ok=True)
         if self._lock >= 0:
             os.close(self._lock)
@@ -333,44 +299,3 @@ class Keeper:
             self._ship.abandon()
             ending = "abandoned: the repository does not answer"
         self.events.write("ship.ended", ending=ending)
-
-
-async def clear_leftovers(paths: VmPaths) -> None:
-    """Refuse a VM that is running; end a capture that its keeper and its QEMU have left behind."""
-    keeping = running(paths)
-    if keeping is None:
-        left = Keeping.read(paths)
-        if left is not None and left.ship is not None and left.ship.alive:
-            # It would go on with the next run, under the repository that it was given in its time.
-            await _end(left.ship)
-        return
-    alive = keeping.qemu is not None and keeping.qemu.alive
-    if keeping.keeper.alive:
-        raise VmStateError(f"{paths.name} is already running (pid {keeping.keeper.pid})", f"see `vmrewind status {paths.name}`")
-    if alive:
-        assert keeping.qemu is not None, "it is what is alive"
-        # It would come back to the next capture's socket, beside the next QEMU: two guests writing one disk.
-        raise VmStateError(
-            f"{paths.name}: its keeper has died, but its QEMU (pid {keeping.qemu.pid}) is still there",
-            f"end that QEMU first: kill {keeping.qemu.pid}",
-        )
-    assert keeping.capture is not None, "if its keeper is dead, what runs is its capture"
-    status = await asyncio.to_thread(lambda: instruct(paths, command="status"))
-    if any(disk["clients"] for disk in status["disks"].values()):
-        raise VmStateError(
-            f"{paths.name}: its keeper has died, but a QEMU is still connected to its disks",
-            f"stop that QEMU first; its disks are served by pid {keeping.capture.pid} until then",
-        )
-    for process in (keeping.capture, keeping.ship):
-        if process is not None:
-            await _end(process)
-
-
-async def _end(process: Process) -> None:
-    """Have a process that an earlier run left behind end, and wait for it; raises StartError if it does not."""
-    process.terminate()
-    deadline = time.monotonic() + _LEFTOVER_SECONDS
-    while process.alive:
-        if time.monotonic() > deadline:
-            raise StartError(f"pid {process.pid}, left over from an earlier run of the VM, does not end", "see what it waits for")
-        await asyncio.sleep(0.05)

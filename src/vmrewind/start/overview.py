@@ -16,7 +16,7 @@ from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
 from vmrewind.paths import state_root
 from vmrewind.ship.status import status as ship_status
 from vmrewind.start.control import instruct
-from vmrewind.start.processes import Process, running
+from vmrewind.start.processes import ROLES, Process, running
 from vmrewind.start.resolve import VmHandle
 from vmrewind.start.wanted import read_wanted
 
@@ -54,20 +54,18 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         result["last_record"] = {"run": run_name(head.position.run), "seq": head.position.seq, "time_ns": head.position.time_ns}
     if keeping is not None:
         result["run"], result["mode"] = keeping.run, keeping.mode
-        result["processes"] = {
-            role: _process(getattr(keeping, role), role, problems) for role in ("keeper", "capture", "ship", "qemu")
-        }
-        if keeping.capture is None:
-            problems.append('the VM runs WITHOUT PROTECTION (on_failure = "start-unprotected"): see vmrewind events')
+        roles = (role for role in ROLES if role != "server" or keeping.server is not None)
+        result["processes"] = {role: _process(getattr(keeping, role), role, problems) for role in roles}
+        if not keeping.protected:
+            problems.append(
+                f'the VM runs WITHOUT PROTECTION (on_failure = "start-unprotected"): {keeping.trouble}; '
+                f"see `vmrewind events {handle.name}`, mend it, then `vmrewind restart-capture {handle.name}`"
+            )
             return result
-        try:
-            result["capture"] = instruct(handle.paths, command="status")
-            result["capture"].pop("ok")
-            result["last_record"] = {key: result["capture"][key] for key in ("run", "seq", "time_ns")}
-        except VmrewindError as error:
-            problems.append(str(error))
         if keeping.trouble:
             problems.append(f"capture died and cannot be started again, the guest's I/O waits: {keeping.trouble}")
+        else:
+            _ask_capture(handle, result)
         shipping = ship_status(handle.paths.runtime)
         if shipping is not None and keeping.ship is not None and shipping.pid == keeping.ship.pid:
             result.setdefault("ship", {}).update(asdict(shipping))
@@ -91,6 +89,16 @@ def overview(handle: VmHandle) -> dict[str, Any]:
     if (handle.journal / RESTORE_PENDING).exists():
         problems.append("a restore in place was interrupted: run it again to complete it")
     return result
+
+
+def _ask_capture(handle: VmHandle, result: dict[str, Any]) -> None:
+    try:
+        result["capture"] = instruct(handle.paths, command="status")
+    except VmrewindError as error:
+        result["problems"].append(str(error))
+        return
+    result["capture"].pop("ok")
+    result["last_record"] = {key: result["capture"][key] for key in ("run", "seq", "time_ns")}
 
 
 def _process(process: Process | None, role: str, problems: list[str]) -> dict[str, Any] | None:

@@ -22,6 +22,8 @@ PID_MAX: Final = 1 << 22
 """The kernel's own limit, on any machine (proc(5), /proc/sys/kernel/pid_max)."""
 _RUN: Final = re.compile("[0-9a-f]{16}")
 
+ROLES: Final = ("keeper", "capture", "server", "ship", "qemu")
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
@@ -70,8 +72,12 @@ class Keeping:
     capture: Process | None = None
     ship: Process | None = None
     qemu: Process | None = None
+    server: Process | None = None
+    """What serves the disks unprotected, in capture's place."""
     trouble: str | None = None
-    """Why a dead capture could not be replaced yet, with what to do."""
+    """Why a dead capture could not be replaced yet, or why the VM is not protected, with what to do."""
+    protected: bool = True
+    """False: the VM runs without capture, as ``on_failure`` allows."""
 
     def write(self, paths: VmPaths) -> None:
         """Replace the file; a reader sees the old or the new one. It lives in memory, so nothing is synced."""
@@ -91,15 +97,17 @@ class Keeping:
             plain = json.loads(paths.keeper.read_bytes())
             if plain.get("boot", _boot()) != _boot():
                 return None  # the same pid and ticks may be another process's after a reboot
-            keeper, capture, ship, qemu = (_process(plain[role]) for role in ("keeper", "capture", "ship", "qemu"))
-            run, mode, trouble = plain["run"], plain["mode"], plain.get("trouble")
+            # A keeper of an earlier version does not name all of them.
+            processes = {role: _process(plain.get(role)) for role in ROLES}
+            keeper = processes.pop("keeper")
+            run, mode, trouble, protected = plain["run"], plain["mode"], plain.get("trouble"), plain.get("protected", True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         if keeper is None or not isinstance(run, str) or not _RUN.fullmatch(run):
             return None
         if not isinstance(mode, str) or not isinstance(trouble, str | None):
             return None
-        return cls(run, mode, keeper, capture, ship, qemu, trouble)
+        return cls(run, mode, keeper, **processes, trouble=trouble, protected=bool(protected))
 
 
 def _process(plain: Any) -> Process | None:
@@ -117,9 +125,9 @@ def _boot() -> str:
 
 
 def running(paths: VmPaths) -> Keeping | None:
-    """The VM's processes if it is running under protection: a keeper, a capture or its QEMU is alive."""
+    """The VM's processes if it is running under protection: a keeper, who serves its disks, or its QEMU is alive."""
     keeping = Keeping.read(paths)
     if keeping is None:
         return None
-    alive = (keeping.keeper, keeping.capture, keeping.qemu)
+    alive = (keeping.keeper, keeping.capture, keeping.server, keeping.qemu)
     return keeping if any(process is not None and process.alive for process in alive) else None

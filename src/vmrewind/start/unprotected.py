@@ -1,7 +1,8 @@
-"""The last resort under libvirt: ``on_failure = "start-unprotected"`` when protection cannot start.
+"""The last resort: the images served without protection (``on_failure = "start-unprotected"``).
 
-The domain's disks are NBD sources, so somebody has to serve them: QEMU's own storage daemon does, from the same images, on the same
-socket, with nothing journaled. The next protected start sees images that the last run did not leave so, and declares the gap.
+The VM's disks are NBD sources, so somebody has to serve them: QEMU's own storage daemon does, from the same images, on the socket
+that capture would serve, with nothing journaled. Capture's next start sees images that the last run did not leave so, or finds the
+gap declared.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import stat
-import time
 from asyncio.subprocess import DEVNULL, Process
+from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.image import Image
@@ -19,10 +21,16 @@ from vmrewind.errors import StartError
 from vmrewind.journal.runs import private
 from vmrewind.paths import VmPaths
 from vmrewind.start.environment import without_credentials
-from vmrewind.start.places import make_places
 from vmrewind.vmconfig.model import VmConfig
 
 _READY_SECONDS: Final = 20
+_GREETING: Final = b"NBDMAGIC"
+
+
+def prepare_images(config: VmConfig) -> None:
+    """Extend qcow2 images: an NBD export cannot grow. It also tells at once if somebody else has an image."""
+    for index, disk in enumerate(config.protection.disk):
+        Image(index, disk.target, disk.image, disk.format).close()
 
 
 class UnprotectedServer:
@@ -32,26 +40,20 @@ class UnprotectedServer:
         self._process = process
 
     @classmethod
-    async def start(cls, config: VmConfig, paths: VmPaths, owner: tuple[int, int]) -> UnprotectedServer:
-        """Serve every disk of the configuration; raises StartError if that fails too."""
-        make_places(paths, owner)
-        paths.nbd_socket.unlink(missing_ok=True)
-        for index, disk in enumerate(config.protection.disk):
-            # Opening it extends a qcow2 file: an NBD export cannot grow. It also tells at once if somebody else has the image.
-            Image(index, disk.target, disk.image, disk.format).close()
+    async def start(cls, config: VmConfig, paths: VmPaths, nbd_socket: Path, listener: socket.socket) -> UnprotectedServer:
+        """Serve every disk of the configuration on ``listener``, bound to ``nbd_socket``; raises StartError if that fails too."""
         command = ["qemu-storage-daemon"]
         for disk in config.protection.disk:
             try:
                 block = stat.S_ISBLK(os.stat(disk.image).st_mode)  # noqa: PTH116 - follows links, as QEMU does
             except OSError as error:
-                raise StartError(f"{disk.image}: {error.strerror}", "without its image no VM starts, protected or not") from error
+                raise StartError(f"{disk.image}: {error.strerror}", "without its image no VM runs, protected or not") from error
             driver = "host_device" if block else "file"
             filename = disk.image.replace(",", ",,")
             command += ["--blockdev", f"driver={driver},node-name={disk.target},filename={filename},discard=unmap"]
-        command += ["--nbd-server", f"addr.type=unix,addr.path={paths.nbd_socket}"]
+        command += ["--nbd-server", f"addr.type=fd,addr.str={listener.fileno()}"]
         for disk in config.protection.disk:
             command += ["--export", f"type=nbd,id={disk.target},node-name={disk.target},name={disk.target},writable=on"]
-        mask = os.umask(0o177)
         try:
             with open(paths.log, "ab", opener=private) as log:
                 process = await asyncio.create_subprocess_exec(
@@ -60,24 +62,56 @@ class UnprotectedServer:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
+                    pass_fds=(listener.fileno(),),
                     env=without_credentials(os.environ),
                 )
         except OSError as error:
             raise StartError(f"qemu-storage-daemon: {error.strerror}", "apt install qemu-system-common") from error
-        finally:
-            os.umask(mask)
-        deadline = time.monotonic() + _READY_SECONDS
-        while not paths.nbd_socket.exists():
-            if process.returncode is not None or time.monotonic() > deadline:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                raise StartError("qemu-storage-daemon does not serve the images either", f"what it said is in {paths.log}")
-            await asyncio.sleep(0.02)
-        os.chown(paths.nbd_socket, *owner)
-        return cls(process)
+        server = cls(process)
+        greeted = asyncio.ensure_future(_greeted(nbd_socket))
+        ended = asyncio.ensure_future(process.wait())
+        await asyncio.wait({greeted, ended}, timeout=_READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        serves = not ended.done() and greeted.done() and greeted.result()
+        for task in (greeted, ended):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if not serves:
+            await server.kill()
+            raise StartError("qemu-storage-daemon does not serve the images either", f"what it said is in {paths.log}")
+        return server
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Wait for its end; its exit code, negative for a signal."""
+        return await self._process.wait()
+
+    async def kill(self) -> None:
+        """End it at once, the socket left to the next one: what it has answered is in the images."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
 
     async def stop(self) -> None:
         """End it; it syncs its images."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         await self._process.wait()
+
+
+async def _greeted(nbd_socket: Path) -> bool:
+    """Whether a client of the socket is greeted: it is once every image is open."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(str(nbd_socket))
+    except OSError:
+        return False
+    try:
+        return await reader.read(len(_GREETING)) == _GREETING
+    except OSError:
+        return False
+    finally:
+        writer.close()
