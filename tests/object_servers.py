@@ -131,8 +131,8 @@ class SeaweedFS(ObjectServer):
             "weed",
             [
                 weed, "server", "-s3", "-filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-dir=data",
-                "-volume.preStopSeconds=0", "-s3.config=s3.json", f"-s3.port={self.port}", "-volume.max=20",
-                "-master.volumeSizeLimitMB=512",
+                "-volume.preStopSeconds=0", "-s3.config=s3.json", f"-s3.port={self.port}", "-volume.max=300",
+                "-master.volumeSizeLimitMB=64",
                 "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock", "-s3.autoCreateBucket=false",
                 *(f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)),
             ],
@@ -276,11 +276,12 @@ def request(port: int, method: str, path: str, headers: dict[str, str] | None = 
         connection.close()
 
 
-def signed_s3(port: int, method: str, path: str, body: bytes = b"", query: str = "") -> tuple[int, bytes]:
+def signed_s3(port: int, method: str, path: str, body: bytes = b"", query: str = "", **extra: str) -> tuple[int, bytes]:
     """A request with an AWS signature, version 4: what the store's client has no call for."""
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     digest = hashlib.sha256(body).hexdigest()
     signed = {"host": f"127.0.0.1:{port}", "x-amz-content-sha256": digest, "x-amz-date": moment}
+    signed = dict(sorted((signed | {name.replace("_", "-"): value for name, value in extra.items()}).items()))
     names = ";".join(signed)
     canonical = "\n".join(
         [method, urllib.parse.quote(path), query, *(f"{name}:{value}" for name, value in signed.items()), "", names, digest]

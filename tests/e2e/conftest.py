@@ -1,4 +1,4 @@
-"""The object stores, each started when the first test of a worker wants it; what wants the same one is in one xdist group."""
+"""The object stores, each started when the first test of a worker wants it; what wants the same one is in one class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract with real object stores, and a repository in each; one worker has each server for all its tests."""
+"""The contract with real object stores, and a repository in each. A class has its server for all its tests: see conftest.py."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ import pytest
 from guests.protected import ProtectedVm, vmrewind
 from guests.writer import acknowledged
 from tests.e2e.conftest import Servers
-from tests.object_servers import Azurite, Ceph, ObjectServer, Rclone, SeaweedFS
+from tests.object_servers import Azurite, Ceph, ObjectServer, Rclone, SeaweedFS, signed_s3
 from tests.store_contract import StoreContract
 from tests.vm_tools import check_files, files_in, restore, writer_vm
 from vmrewind.errors import RepositoryError
 from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
-from vmrewind.repository.store import Store
+from vmrewind.repository.store import AlreadyExists, Store
 
 _buckets: dict[ObjectServer, str] = {}
 _numbers = itertools.count()
+
+
+def lockable(server: ObjectServer) -> str:
+    """A new bucket with versions and a day's retention of every object, which its owner cannot lift."""
+    bucket = f"locked{next(_numbers)}"
+    assert signed_s3(server.port, "PUT", f"/{bucket}", x_amz_bucket_object_lock_enabled="true")[0] == 200
+    rule = b"<Rule><DefaultRetention><Mode>COMPLIANCE</Mode><Days>1</Days></DefaultRetention></Rule>"
+    body = b"<ObjectLockConfiguration><ObjectLockEnabled>Enabled</ObjectLockEnabled>%b</ObjectLockConfiguration>" % rule
+    assert signed_s3(server.port, "PUT", f"/{bucket}", body, query="object-lock=")[0] == 200
+    return f"s3://{bucket}/kvm"
 
 
 class Contract(StoreContract):
@@ -55,22 +65,71 @@ class Contract(StoreContract):
             Repository.init(url)
 
 
-@pytest.mark.xdist_group("seaweedfs")
 class TestSeaweedFS(Contract):
     KIND = SeaweedFS
 
+    def test_a_bucket_with_object_lock_holds_a_repository(self, servers: Servers, at: Callable[[ObjectServer], None]) -> None:
+        server = servers(SeaweedFS)
+        at(server)
+        url = lockable(server)
+        Repository.init(url).vm("web01").register("u")
+        assert Repository.open(url).vms() == ["web01"]
+        with pytest.raises(AlreadyExists):
+            open_store(url).put("repository.json", b"other")
 
-@pytest.mark.xdist_group("ceph")
+    def test_from_a_guests_writes_to_the_bucket_and_back_through_an_outage(
+        self, servers: Servers, at: Callable[[ObjectServer], None], tmp_path: Path
+    ) -> None:
+        server = servers(SeaweedFS)
+        at(server)
+        url = server.url("kvm/site-a")
+        vmrewind("init", url)
+        with writer_vm(tmp_path, "cloud", repository=url) as vm:
+            vm.start()
+            vm.wait_for("^ACK 5$")
+            until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)
+            vmrewind("mark", vm.config, "before")
+            server.stop(signal.SIGKILL)
+            seen = max(acknowledged(vm.console.text()))
+            vm.wait_for(f"^ACK {seen + 10}$")
+            until(lambda: "s3://" in (vm.status()["ship"].get("error") or ""), vm)
+            os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
+            server.start()
+            until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)
+            before = vm.status()["ship"]
+            os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
+            until(lambda: newer(vm.status()["ship"], before), vm)
+            vm.quit()
+        shutil.rmtree(vm.journal)
+        assert [key for key, _ in DirectoryStore(vm.repository).list("vms/")] == []
+        restore(vm, "latest", tmp_path / "end")
+        assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
+        restore(vm, "@before", tmp_path / "at")
+        found = files_in(tmp_path / "at" / "vda.raw", tmp_path / "files")
+        whole = sorted(found)[:-2]
+        assert 5 <= len(whole) <= seen
+        check_files(found, whole)
+        timeline = json.loads(vmrewind("timeline", vm.config, "--json").stdout)
+        assert "before" in json.dumps(timeline)
+
+
 class TestCeph(Contract):
     KIND = Ceph
 
+    def test_a_bucket_with_versions_in_which_the_gateway_ignores_the_condition_is_refused(
+        self, servers: Servers, at: Callable[[ObjectServer], None]
+    ) -> None:
+        server = servers(Ceph)
+        at(server)
+        url = lockable(server)
+        with pytest.raises(RepositoryError, match="overwrites an object although it was told not to"):
+            Repository.init(url)
 
-@pytest.mark.xdist_group("azurite")
+
 class TestAzurite(Contract):
     KIND = Azurite
 
 
-@pytest.mark.xdist_group("seaweedfs")
 def test_a_store_that_ignores_the_condition_is_refused(servers: Servers, at: Callable[[ObjectServer], None]) -> None:
     """rclone's server takes If-None-Match and overwrites all the same."""
     server = servers(Rclone)
@@ -79,43 +138,6 @@ def test_a_store_that_ignores_the_condition_is_refused(servers: Servers, at: Cal
     with pytest.raises(RepositoryError, match="overwrites an object although it was told not to"):
         Repository.init(url)
     assert list(open_store(url).list("")) == []
-
-
-@pytest.mark.xdist_group("seaweedfs")
-def test_from_a_guests_writes_to_the_bucket_and_back_through_an_outage(
-    servers: Servers, at: Callable[[ObjectServer], None], tmp_path: Path
-) -> None:
-    server = servers(SeaweedFS)
-    at(server)
-    url = server.url("kvm/site-a")
-    vmrewind("init", url)
-    with writer_vm(tmp_path, "cloud", repository=url) as vm:
-        vm.start()
-        vm.wait_for("^ACK 5$")
-        until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)
-        vmrewind("mark", vm.config, "before")
-        server.stop(signal.SIGKILL)
-        seen = max(acknowledged(vm.console.text()))
-        vm.wait_for(f"^ACK {seen + 10}$")
-        until(lambda: "s3://" in (vm.status()["ship"].get("error") or ""), vm)
-        os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
-        server.start()
-        until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)
-        before = vm.status()["ship"]
-        os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
-        until(lambda: newer(vm.status()["ship"], before), vm)
-        vm.quit()
-    shutil.rmtree(vm.journal)
-    assert [key for key, _ in DirectoryStore(vm.repository).list("vms/")] == []
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
-    restore(vm, "@before", tmp_path / "at")
-    found = files_in(tmp_path / "at" / "vda.raw", tmp_path / "files")
-    whole = sorted(found)[:-2]
-    assert 5 <= len(whole) <= seen
-    check_files(found, whole)
-    timeline = json.loads(vmrewind("timeline", vm.config, "--json").stdout)
-    assert "before" in json.dumps(timeline)
 
 
 def newer(ship: dict[str, Any], before: dict[str, Any]) -> bool:
