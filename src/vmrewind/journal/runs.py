@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import run_name
 
@@ -103,13 +105,13 @@ class RunInfo:
         plain["gaps"] = {target: asdict(gap) for target, gap in self.gaps.items()}
         if self.parent is not None:
             plain["parent"]["run"] = run_name(self.parent.run)
-        return json.dumps(plain, indent=1).encode() + b"\n"
+        return _sealed(plain)
 
     @classmethod
     def from_json(cls, data: bytes, origin: str) -> RunInfo:
         """Parse a file's content; ``origin`` names it in a CorruptionError."""
         try:
-            plain: dict[str, Any] = json.loads(data)
+            plain = _unsealed(data)
             return cls(
                 run=int(plain["run"], 16),
                 parent=_position(plain["parent"]) if plain["parent"] else None,
@@ -145,13 +147,13 @@ class Head:
             "time_ns": self.position.time_ns,
             "images": {target: asdict(identity) for target, identity in self.images.items()},
         } | ({"gap": self.gap} if self.gap is not None else {})
-        return json.dumps(plain, indent=1).encode() + b"\n"
+        return _sealed(plain)
 
     @classmethod
     def from_json(cls, data: bytes, origin: str) -> Head:
         """Parse a file's content; ``origin`` names it in a CorruptionError."""
         try:
-            plain: dict[str, Any] = json.loads(data)
+            plain = _unsealed(data)
             images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
             return cls(_position(plain), images, plain.get("gap"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -159,6 +161,23 @@ class Head:
                 f"{origin}: not a head description: {error!r}",
                 "the next start takes the images for changed; or remove it",
             ) from error
+
+
+def _sealed(plain: Mapping[str, Any]) -> bytes:
+    """A small file's content with its checksum in it: a digit that changed at rest would lead to another moment, or disk."""
+    return json.dumps({**plain, "xxh3": _checksum(plain)}, indent=1).encode() + b"\n"
+
+
+def _unsealed(data: bytes) -> dict[str, Any]:
+    """The content of a small file; raises ValueError. One without a checksum is taken as it is."""
+    plain: dict[str, Any] = json.loads(data)
+    if "xxh3" in plain and plain.pop("xxh3") != _checksum(plain):
+        raise ValueError("its checksum is wrong")
+    return plain
+
+
+def _checksum(plain: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def _position(plain: Mapping[str, Any]) -> Position:

@@ -8,6 +8,7 @@ or payload that was whole once: a later batch of the same run is valid in the sa
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ import xxhash
 
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Batch, Segment, records, segment_files
+from vmrewind.journal.reader import Batch, Segment, records, segment_files, unpack_segment_header
 from vmrewind.journal.runs import local_runs, read_head
 
 _WINDOW: Final = 8 << 20
@@ -89,11 +90,14 @@ def verify(paths: Iterable[Path]) -> Iterator[SegmentReport]:
     Consecutive segments of a run are checked against each other; of a directory also its ``head.json`` and ``runs/``.
     """
     paths = list(paths)
-    checked = []
+    checked: list[tuple[SegmentReport, Batch | None]] = []
     for path in journal_paths(paths):
-        # A living capture may recycle a segment between the listing and the opening.
-        with contextlib.suppress(FileNotFoundError):
+        try:
             checked.append(_verify_segment(path))
+        except FileNotFoundError:
+            # A living capture may recycle a segment between the listing and the opening.
+            if (misnamed := _misnamed(path)) is not None:
+                checked.append((misnamed, None))
     reports = [report for report, _ in checked]
     for i, (report, tail) in enumerate(checked):
         if tail is not None and all(other.run != report.run for other in reports[i + 1 :]):
@@ -101,6 +105,7 @@ def verify(paths: Iterable[Path]) -> Iterator[SegmentReport]:
     _check_successors(reports)
     for path in paths:
         if path.is_dir():
+            _check_missing(path, reports)
             _check_known_ends(path, reports)
     yield from reports
 
@@ -122,6 +127,8 @@ def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
         report.run, report.number, report.first_seq = header.run, header.number, header.first_seq
         report.last_seq, report.end = header.first_seq - 1, fmt.SEGMENT_HEADER_SIZE
         _check_zeroes(segment, fmt.SEGMENT.size, fmt.SEGMENT_HEADER_SIZE, report)
+        if (size := os.fstat(segment.fd).st_size) != header.size:
+            report.problems.append(Problem(size, f"the file has {size} bytes, its header says {header.size}"))
         number, expected_seq, tail = header.first_batch, header.first_seq, None
         for batch in segment.batches():
             if batch.first_seq != expected_seq:
@@ -147,6 +154,19 @@ def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
         elif (begun := _begun(segment, report.end, number)) is not None:
             report.torn = begun
     return report, tail
+
+
+def _misnamed(path: Path) -> SegmentReport | None:
+    """The report of a segment that has another one's name; None if it was recycled, so that the name is gone."""
+    named = fmt.parse_segment_name(path.name)
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        # Recycling holds the lock until the new name is there.
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+        header = unpack_segment_header(file.read(fmt.SEGMENT_HEADER_SIZE), path)
+        if named is not None and os.path.samestat(path.stat(), os.fstat(file.fileno())) and named != (header.run, header.number):
+            holds = fmt.segment_name(header.run, header.number)
+            return SegmentReport(path, *named, problems=[Problem(0, f"the file holds segment {holds}: it was renamed")])
+    return None
 
 
 def _header_is_whole(path: Path) -> bool:
@@ -202,6 +222,15 @@ def _check_successors(reports: Sequence[SegmentReport]) -> None:
         consecutive = following.run == report.run and following.number == report.number + 1
         if consecutive and report.end and following.end and following.first_seq != report.last_seq + 1:
             _ends_early(report, f"segment {following.path.name} begins with record {following.first_seq}")
+
+
+def _check_missing(journal: Path, reports: Sequence[SegmentReport]) -> None:
+    """Only a run's oldest segments are ever recycled: a number that is missing behind them was lost."""
+    here = [report for report in reports if report.path.parent == journal]
+    for report, following in itertools.pairwise(here):
+        if following.run == report.run and following.number > report.number + 1:
+            missing = fmt.segment_name(report.run, report.number + 1)
+            _ends_early(report, f"segment {missing} behind it is missing, and {following.path.name} is there")
 
 
 def _check_known_ends(journal: Path, reports: Sequence[SegmentReport]) -> None:

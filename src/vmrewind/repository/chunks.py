@@ -12,6 +12,7 @@ import blake3
 
 from vmrewind.errors import CorruptionError
 from vmrewind.repository.compression import compress, decompress
+from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.layout import chunk_key
 from vmrewind.repository.store import AlreadyExists, Store, get_or_corrupt
 
@@ -24,6 +25,9 @@ class Chunks:
 
     def __init__(self, store: Store, repository_id: str) -> None:
         self._store = store
+        # A backup that stands on chunks nobody looked at is none. Reading them costs a directory as much as reading the image;
+        # from an object store it would cost what their sharing saves.
+        self._verified = isinstance(store, DirectoryStore)
         self._key = blake3.blake3(repository_id.encode(), derive_key_context=_KEY_CONTEXT).digest()
 
     def id(self, data: bytes | memoryview) -> str:
@@ -38,7 +42,10 @@ class Chunks:
         """Store a piece unless it is there; returns its id and how many bytes were sent. Durable when this returns."""
         chunk_id = self.id(data)
         if self.exists(chunk_id):
-            return chunk_id, 0
+            if not self._verified or self._sound(chunk_id):
+                return chunk_id, 0
+            # What does not match its name is no chunk of anybody's: every base that names it is whole again with the right one.
+            self._store.delete(chunk_key(chunk_id))
         packed = compress(data)
         try:
             self._store.put(chunk_key(chunk_id), packed)
@@ -48,6 +55,13 @@ class Chunks:
             return chunk_id, 0
         return chunk_id, len(packed)
 
+    def _sound(self, chunk_id: str) -> bool:
+        try:
+            self.read(chunk_id)
+        except CorruptionError:
+            return False
+        return True
+
     def read(self, chunk_id: str) -> bytes:
         """The chunk's plain bytes, verified by their id; raises CorruptionError naming the object."""
         key = chunk_key(chunk_id)
@@ -55,7 +69,13 @@ class Chunks:
         try:
             data = decompress(packed, CHUNK_SIZE)
         except ValueError as error:
-            raise CorruptionError(f"{self._store.url}: chunk {key} is damaged: {error}") from error
+            raise self._damaged(key, str(error)) from error
         if self.id(data) != chunk_id:
-            raise CorruptionError(f"{self._store.url}: chunk {key} is damaged: its content does not match its name")
+            raise self._damaged(key, "its content does not match its name")
         return data
+
+    def _damaged(self, key: str, why: str) -> CorruptionError:
+        return CorruptionError(
+            f"{self._store.url}: chunk {key} is damaged: {why}",
+            "a backup of a disk that still holds that piece stores it anew; in an object store, remove that object first",
+        )

@@ -172,7 +172,9 @@ class VmRepository:
 
     def put_run(self, info: RunInfo) -> None:
         """Describe a run. Raises RepositoryError if it is described there in another way."""
-        self.repository.put(f"{layout.run_prefix(self.name)}{info.run:016x}.json", seal(json.loads(info.to_json())))
+        content = json.loads(info.to_json())
+        del content["xxh3"]  # its file's own; here all of it is sealed
+        self.repository.put(f"{layout.run_prefix(self.name)}{info.run:016x}.json", seal(content))
 
     def runs(self) -> list[RunInfo]:
         """Every run described here, oldest first."""
