@@ -18,6 +18,7 @@ from vmrewind.journal.reader import Segment
 from vmrewind.journal.runs import read_head, run_path
 from vmrewind.journal.verify import SegmentReport, verify
 from vmrewind.repository.base import make_base
+from vmrewind.repository.compression import compress
 
 DISK = 8192
 
@@ -241,6 +242,9 @@ def test_a_damaged_chunk_is_made_whole_by_the_next_backup(made: MadeHistory) -> 
     with pytest.raises(CorruptionError, match=chunk_id) as caught:
         chunks.read(chunk_id)
     assert "backup" in caught.value.hint
+    path.write_bytes(compress(b"whole, but another's"))
+    with pytest.raises(CorruptionError, match="does not match its name"):
+        chunks.read(chunk_id)
     again = make_base(made.repository, "vda", image, uuid=manifest.uuid, partial=made.directory / "partial")
     assert again.chunks == manifest.chunks
     assert chunks.read(chunk_id) == image.read_bytes()
