@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,14 @@ def check(capture: Capture, before: bytes) -> None:
     """History says what the image holds; what a file cut short lacks counts as zeroes."""
     disk = compose(list(journal_entries(capture.journal)), {0: before})[0]
     assert first_difference(disk, capture.disks[0].image.read_bytes().ljust(SIZE, b"\0")) is None
+
+
+def last_words(capture: Capture) -> dict[str, Any]:
+    """What the process says when it ends by itself."""
+    process = capture.process
+    assert process is not None
+    until(lambda: process.poll() is not None, "capture to end")
+    return capture.said()
 
 
 # -- EIO
@@ -116,7 +125,7 @@ def test_a_failed_sync_of_the_image_ends_capture_and_the_next_replays(tmp_path: 
             for at in range(0, len(data), 512 * KIB):
                 client.write(at, data[at : at + 512 * KIB])
             client.flush()
-            message = capture.said()
+            message = last_words(capture)
         assert (message["event"], message["kind"]) == ("error", "image")
         assert capture._reap() == ImageError.exit_code
         # What the kernel could not write it may forget: here it did.
@@ -141,7 +150,7 @@ def test_no_flush_is_answered_as_done_when_nothing_can_be_synced(tmp_path: Path,
                     # Hung up on without an answer, a client asks again of the next capture.
                     with contextlib.suppress(ConnectionError):
                         assert waiting.reply()[1] == errno.EIO
-                assert capture.said()["kind"] == "image"
+                assert last_words(capture)["kind"] == "image"
         assert capture._reap() == ImageError.exit_code
         capture.start()
         with Client(capture.socket_path) as client:
