@@ -118,20 +118,7 @@ class Server:
         """Run until ``stop`` or ``hand_over`` is called, then end, and the run with it or not."""
         next_tick = time.monotonic() + _TICK_SECONDS
         while not self._stopping:
-            if self._reading or self.bypass.resyncs_now:
-                timeout = 0.0
-            else:
-                timeout = _HOLD_RETRY_SECONDS if self._held else max(0.0, next_tick - time.monotonic())
-            for fd, events in self._epoll.poll(timeout):
-                # A handler may have closed what another event of the same poll is about.
-                if (handler := self._handlers.get(fd)) is not None:
-                    handler(events)
-            if self._reading:
-                # One at a time: what has come in for other disks is not held up longer than that.
-                connection = next(iter(self._reading))
-                del self._reading[connection]
-                if connection.finish_read():
-                    self._reading[connection] = None
+            self.turn(_HOLD_RETRY_SECONDS if self._held else max(0.0, next_tick - time.monotonic()))
             if self._held:
                 self._retry_held()
             if self.bypass.resyncs_now:
@@ -143,6 +130,21 @@ class Server:
                 self._leave()
                 return
         self._finish()
+
+    def turn(self, timeout: float) -> None:
+        """Wait for something to happen, for so many seconds at most unless there is work left, and see to all that did."""
+        if self._reading or self.bypass.resyncs_now:
+            timeout = 0.0
+        for fd, events in self._epoll.poll(timeout):
+            # A handler may have closed what another event of the same poll is about.
+            if (handler := self._handlers.get(fd)) is not None:
+                handler(events)
+        if self._reading:
+            # One at a time: what has come in for other disks is not held up longer than that.
+            connection = next(iter(self._reading))
+            del self._reading[connection]
+            if connection.finish_read():
+                self._reading[connection] = None
 
     def heed_signals(self) -> None:
         """SIGTERM and SIGINT end the run cleanly from now on, SIGUSR1 leaves it to the next capture; to be called before anybody
