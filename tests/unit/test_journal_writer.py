@@ -212,11 +212,18 @@ def test_storage_that_refuses_leaves_no_batch_behind(tmp_path: Path) -> None:
     assert [entry.payload for entry in journal_entries(tmp_path)] == [b"first", b"second"]
 
 
+WHOLE_PAGES = 25 * 4096 - fmt.BATCH.size - fmt.RECORD.size
+"""Payload of a batch of one record that fills whole pages, bytes."""
+
+
 def test_recycled_segments_never_show_their_earlier_life(tmp_path: Path) -> None:
-    """Every batch has the same length, so that the stale ones lie exactly where the next one is looked for."""
+    """Every batch has the same length, so that the stale ones lie exactly where the next one is looked for.
+
+    They end where a page does: zeroes are written up to there.
+    """
     writer = writer_of(tmp_path, recycle=lambda _: Recycling.DROPS)
     for i in range(205):
-        commit(writer, [write(i, fill_byte(100_000, i & 255))])
+        commit(writer, [write(i, fill_byte(WHOLE_PAGES, i & 255))])
         last = [entry.record.seq for entry in journal_entries(tmp_path)][-1]
         assert last == i + 1
     close(writer)
@@ -226,18 +233,18 @@ def test_recycled_segments_never_show_their_earlier_life(tmp_path: Path) -> None
 
 
 def test_stale_batches_of_another_run_never_count(tmp_path: Path) -> None:
-    """The same batch numbers at the same offsets, but of another run."""
+    """The same batch numbers at the same offsets, but of another run, that end where a page does."""
     old = writer_of(tmp_path)
     for i in range(80):
         try:
-            commit(old, [write(i, fill_byte(100_000, 1))])
+            commit(old, [write(i, fill_byte(WHOLE_PAGES, 1))])
         except JournalFull:
             break
     close(old)
     pool = SegmentPool(tmp_path, 8 * MIB)
     pool.allot()
     new = JournalWriter(pool, UUID.bytes, RUN + 1, Clock(), lambda _: Recycling.DROPS, 1)
-    commit(new, [write(0, fill_byte(100_000, 2))])
+    commit(new, [write(0, fill_byte(WHOLE_PAGES, 2))])
     close(new)
     entries = list(journal_entries(tmp_path, RUN + 1))
     assert [entry.record.seq for entry in entries] == [1]
@@ -270,6 +277,18 @@ def test_resuming_goes_on_behind_the_last_batch(tmp_path: Path) -> None:
     for fd in (*finished, current):
         os.close(fd)
     assert [entry.payload[0] for entry in journal_entries(tmp_path)] == list(range(30))
+
+
+def test_a_page_is_always_written_to_its_end(tmp_path: Path) -> None:
+    """Of a segment that is not in the page cache a page that is written in part would have to be read first."""
+    writer = writer_of(tmp_path, recycle=lambda _: Recycling.DROPS)
+    for i in range(205):
+        commit(writer, [write(i, fill_byte(100_000, 255))])
+        with Segment(segment_files(tmp_path)[-1].path) as segment:
+            end = list(segment.batches())[-1].end
+            rest = -end % 4096
+            assert os.pread(segment.fd, rest, end) == bytes(rest)
+    close(writer)
 
 
 def test_what_is_unsynced_is_handed_out_once(tmp_path: Path) -> None:

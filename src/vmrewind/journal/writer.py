@@ -23,6 +23,8 @@ from vmrewind.journal.reader import SegmentFile, SegmentHeader
 
 Buffer = bytes | bytearray | memoryview
 
+_PAGE: Final = 4096
+_ZERO_PAGE: Final = memoryview(bytes(_PAGE))
 _PADDING: Final = tuple(bytes(n) for n in range(fmt.ALIGNMENT))
 _xxh3 = xxhash.xxh3_64_intdigest
 LAST_WORD_ROOM: Final = 2048
@@ -90,9 +92,9 @@ class JournalWriter:
     def commit(self, count: int, payloads: Sequence[Buffer], payload_length: int) -> int:
         """Write a batch of ``count`` records already packed into ``table``.
 
-        ``payloads`` are the records' payloads in order, padding included, in at most 1,023 buffers (the table is one more and
-        IOV_MAX is 1,024); ``payload_length`` is their total in bytes. Returns the first record's seq. Raises JournalFull if there
-        is no room or the journal's storage refuses: nothing of it counts then.
+        ``payloads`` are the records' payloads in order, padding included, in at most 1,022 buffers (table and padding are two more,
+        and IOV_MAX is 1,024); ``payload_length`` is their total in bytes. Returns the first record's seq. Raises JournalFull if
+        there is no room or the journal's storage refuses: nothing of it counts then.
 
         As much space as voiding all of these records takes is left behind them: what the image refuses can always be voided. So is
         some for ``last_word``.
@@ -111,10 +113,14 @@ class JournalWriter:
         fmt.BATCH.pack_into(head, 0, fmt.BATCH_MAGIC, 0, self.run, self.next_batch, time_ns, seq, count, 0, payload_length)
         checksum = _xxh3(self._head_view[fmt.BATCH_CHECKED_FROM : head_length])
         head[8:16] = checksum.to_bytes(8, "little")
+        # Zeroes up to the page's end, which the next batch overwrites: of a recycled segment that is not in the page cache a page
+        # that is written in part would have to be read first.
+        rest_of_page = -(self._position + length) % _PAGE
+        buffers = (self._head_view[:head_length], *payloads, _ZERO_PAGE[:rest_of_page])
         try:
-            written = os.pwritev(self._fd, (self._head_view[:head_length], *payloads), self._position)
-            if written != length:
-                self._write_rest(written, (self._head_view[:head_length], *payloads))
+            written = os.pwritev(self._fd, buffers, self._position)
+            if written != length + rest_of_page:
+                self._write_rest(written, buffers)
         except OSError as error:
             # What did get there must not be taken for a batch, whose writes the images don't have.
             with contextlib.suppress(OSError):
