@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,15 @@ def ext4(directory: Path, mebibytes: int) -> Iterator[Path]:
 def make_read_only(mounted: Path) -> None:
     """What ext4 does of its own accord after an error, with files open for writing."""
     subprocess.run(["mount", "-o", "remount,abort", mounted], check=True)
+
+
+def on_disk(directory: Path, path: str) -> bytes:
+    """A file's content after a crash of the file system ``ext4(directory)`` now: what the kernel only has in memory is lost."""
+    crashed = directory / "crashed.img"
+    shutil.copyfile(directory / "ext4.img", crashed)
+    subprocess.run(["e2fsck", "-fy", crashed], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["debugfs", "-R", f"cat {path}", crashed]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
 
 def is_root() -> bool:

@@ -22,6 +22,7 @@ _CHECKPOINT_WAIT_SECONDS: Final = 1.0
 """How long a write waits for a checkpoint that will free a segment, before it is bypassed."""
 _UNREADABLE_SECONDS: Final = 10.0
 """After an extent could not be read from its image: when it is tried again."""
+_REST_SECONDS: Final = 0.1
 _CAUSE_CHARACTERS_MAX: Final = 120
 """Whatever they are, they fit into the room that a full journal has kept for a last word."""
 
@@ -132,9 +133,12 @@ class Bypass:
         dirty = self._map
         assert dirty is not None, "there is something to do"
         piece = self._journal_piece()
-        if piece is False or (piece is None and not self._close()):
-            # Out of room, or the images are still being synced.
-            self._rest_until = time.monotonic() + 0.1
+        if piece is False and self.begin("the journal is full again"):
+            # Nobody is told that writes are journaled when the next one would not be.
+            return
+        if not piece and (piece is False or not self._close()):
+            # A checkpoint will make room, or the images are still being synced.
+            self._rest_until = time.monotonic() + _REST_SECONDS
 
     def _journal_piece(self) -> bool | None:
         """Journal the first dirty piece as its image holds it. False if the journal takes no more, None if no piece is left."""
