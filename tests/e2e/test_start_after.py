@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -59,6 +60,10 @@ class Alone:
                 process.terminate()
             process.wait(60)
         finally:
+            # After a failure too: killed, it would leave its children behind, and they the images that they hold.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
             process.kill()
             process.wait()
             process.stdout.close()
