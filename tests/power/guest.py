@@ -55,8 +55,9 @@ class Flush:
 class GuestDisk:
     """A disk as its guest knows it, and the connection that the guest has now."""
 
-    def __init__(self, target: str, content: bytes, cookies: Iterable[int]) -> None:
+    def __init__(self, target: str, content: bytes, cookies: Iterable[int], *, heavy: bool) -> None:
         self.target = target
+        self._heavy = heavy
         self._cookies = iter(cookies)
         self.sock: socket.socket | None = None
         self._out = bytearray()
@@ -103,7 +104,7 @@ class GuestDisk:
 
     def _place(self, rng: random.Random) -> tuple[int, int]:
         sectors = self.size // SECTOR
-        length = rng.choice((1, 1, 8, 8, 8, 16, rng.randrange(1, 64)))
+        length = rng.choice((8, 64, 64)) if self._heavy else rng.choice((1, 1, 8, 8, 8, 16, rng.randrange(1, 64)))
         # Half of it goes to the disk's beginning, so that sectors are written again and again.
         first = rng.randrange(min(sectors, 64) if rng.random() < 0.5 else sectors)
         return first * SECTOR, min(length, sectors - first) * SECTOR

@@ -391,7 +391,7 @@ class Layer:
             file.durable = content
             file.changes = []
             path.write_bytes(content)
-        chosen = rng.choice(file.mtimes)
+        chosen = rng.choice((file.mtimes[0], file.mtimes[-1], rng.choice(file.mtimes)))
         file.mtimes = [chosen]
         real.utime(path, ns=(chosen[1], chosen[1]))
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +28,14 @@ from tests.power.guest import GuestDisk
 from tests.power.layer import Killed, Layer, PowerCut, real
 from tests.power.promises import Promises, difference
 from tests.power.stepped import Turns, lock_class, select_with, worker_class
+from vmrewind.capture.policy import FullPolicy
 from vmrewind.capture.server import Server
 from vmrewind.errors import MomentError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.events import EventLog
-from vmrewind.journal.pool import SegmentPool
+from vmrewind.journal.pool import Recycling, SegmentPool
+from vmrewind.journal.reader import SegmentFile
 from vmrewind.journal.runs import new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.recover.resync import resync
@@ -60,6 +63,20 @@ class Tally:
     """Power cuts before capture served, recovery and planning included."""
 
 
+class _Policy(FullPolicy):
+    """Notes the records of a segment before it is recycled: its name, and the old content with it, may come back."""
+
+    def __init__(self, promises: Promises, *args: Any) -> None:
+        super().__init__(*args)
+        self._promises = promises
+
+    def may_recycle(self, segment: SegmentFile) -> Recycling:
+        verdict = super().may_recycle(segment)
+        if verdict is not Recycling.NO:
+            self._promises.recycled(segment)
+        return verdict
+
+
 class World:
     """One host with one VM. ``live`` is one start of the VM and what comes after; ``tally`` counts over several worlds."""
 
@@ -78,7 +95,8 @@ class World:
         self.server: Server | None = None
         self.plan: Plan | None = None
         self.segments = self.rng.choice((4, 32, 32))
-        """With 4 the journal recycles what was not shipped, so that history is lost, and said to be."""
+        """With 4, and a guest that writes much, the journal recycles again and again; nobody ships."""
+        heavy = self.rng.random() < 0.4
         cookies = itertools.count(1)
         self.disks = []
         (self.root / "images").mkdir()
@@ -86,7 +104,7 @@ class World:
             content = self.rng.randbytes(size)
             (self.root / "images" / f"{target}.raw").write_bytes(content)
             os.utime(self.image(target), ns=(self.now_ns, self.now_ns))
-            self.disks.append(GuestDisk(target, content, cookies))
+            self.disks.append(GuestDisk(target, content, cookies, heavy=heavy))
         self.repository = Repository.init(str(directory / "repo")).vm(VM)
         self.layer = Layer(self.root, self._ignored)
         self.layer.adopt()
@@ -150,6 +168,7 @@ class World:
         for module in (*modules.split(), "start.plan", "recover.resync", "repository.base", "history.history"):
             stack.enter_context(patch(f"vmrewind.{module}.time", host))
         stack.enter_context(patch.object(process, "Clock", lambda floor: Clock(floor, host.time_ns, host.monotonic_ns)))
+        stack.enter_context(patch.object(process, "FullPolicy", partial(_Policy, self.promises)))
         for module in ("capture.recovery", "journal.state"):
             stack.enter_context(patch(f"vmrewind.{module}.boot_id", lambda: self.boot))
         stack.enter_context(patch("vmrewind.capture.since._boot_time_ns", lambda: self.now_ns - self.uptime_ns))
@@ -301,6 +320,9 @@ class World:
         greeted = all(disk.greeted for disk in self.disks)
         if not self.idle and greeted and rng.random() < 0.01:
             self.idle = 80
+        elif self.idle == 1 and rng.random() < 0.7:
+            # What a guest does after a long silence is all that is lost.
+            self.left = rng.randrange(5, 25)
         self.idle = max(0, self.idle - 1)
         self.pass_time(1.0 if self.idle else rng.choice((0.0001, 0.001, 0.01, 0.3)))
         while self.turns.jobs and rng.random() < 0.4:
@@ -313,8 +335,10 @@ class World:
         elif 0.15 <= chance < 0.16:
             # Not the host, only capture dies; the host's turn may come later.
             self.left, self.death = rng.randrange(1, 6), Killed
-        disk = rng.choice(self.disks)
-        disk.send([disk.make(rng) for _ in range(rng.randrange(1, 9))] if not self.idle and rng.random() < 0.7 else ())
+        chosen = rng.choice(self.disks)
+        requests = [chosen.make(rng) for _ in range(rng.randrange(1, 9))] if not self.idle and rng.random() < 0.7 else []
+        for disk in self.disks:
+            disk.send(requests if disk is chosen else ())
         self.steps -= not self.idle
         if self.steps <= 0:
             if rng.random() < 0.5:
@@ -335,8 +359,10 @@ class World:
         with self._unharmed():
             self._check_level(target)
 
-    def _recycled(self, refused: MomentError) -> bool:
-        return self.segments == 4 and "shipped" in str(refused)
+    @staticmethod
+    def _recycled(refused: MomentError) -> bool:
+        """History is refused because the journal, which nobody shipped, was too small for it."""
+        return "shipped" in str(refused)
 
     def _instruct(self, _: VmPaths, **request: Any) -> dict[str, Any]:
         assert self.server is not None

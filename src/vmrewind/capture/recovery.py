@@ -64,16 +64,17 @@ class End:
 def find_end(journal: Path, run: int, verify_after: int) -> End | None:
     """The end of a run's valid batches, None if the run has none. Changes nothing; see ``seal``.
 
-    Headers and tables are checked from the last segment that begins at or before batch ``verify_after``, payloads of every batch
-    after ``verify_after``: earlier ones are known to be whole. A batch whose table is valid and whose payload is torn is the
-    end. A segment whose header did not reach the disk is the end as well: nothing in it was ever promised. Damage up to
-    batch ``verify_after`` is passed over if the batch behind that is there; otherwise the end is before ``verify_after``.
+    Headers and tables are checked from the last segment that begins at or before the batch behind ``verify_after`` (those before
+    may have been about to be recycled), payloads of every batch after ``verify_after``: earlier ones are known to be whole. A
+    batch whose table is valid and whose payload is torn is the end. A segment whose header did not reach the disk is the end as
+    well: nothing in it was ever promised. Damage up to batch ``verify_after`` is passed over if the batch behind that is there;
+    otherwise the end is before ``verify_after``.
     """
     files = segment_files(journal, run)
     first = 0
     for i, file in enumerate(files):
         header = _header(file.path)
-        if header is not None and header.first_batch <= verify_after:
+        if header is not None and header.first_batch <= verify_after + 1:
             first = i
     at: End | None = None
     readable: End | None = None
