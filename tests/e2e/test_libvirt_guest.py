@@ -122,3 +122,28 @@ def test_the_power_button_ends_the_guest_and_then_the_keeper(host: LibvirtHost) 
     while host.virsh("domstate", "web01").stdout.strip() != "shut off" or keeping.keeper.alive:
         assert time.monotonic() < deadline
     assert json.loads((VmPaths("web01").default_journal / "head.json").read_bytes())["images"].keys() == {"vda"}
+
+
+def test_a_keeper_told_to_end_keeps_the_guests_disks_until_the_guest_has_ended(host: LibvirtHost) -> None:
+    console = define_writer(host, images.ext4_image(host.directory / "disk.raw", 32 * MIB), "raw")
+    host.protect("web01", "vda")
+    host.virsh("start", "web01")
+    console.wait_for(r"^ACK 3$")
+    keeping = running(VmPaths("web01"))
+    assert keeping is not None
+    os.kill(keeping.keeper.pid, signal.SIGTERM)
+    log = VmPaths("web01").events(int(keeping.run, 16))
+    deadline = time.monotonic() + 30
+    while "keeper.end-deferred" not in log.read_text():
+        assert time.monotonic() < deadline
+    # an upgrade goes on as if nothing had been said
+    host.vmrewind("restart-capture", "web01")
+    last = writer.acknowledged(console.text())[-1] + 5
+    console.wait_for(rf"^ACK {last}$")
+    assert host.virsh("domstate", "web01").stdout.strip() == "running" and keeping.keeper.alive
+    host.virsh("destroy", "web01")
+    assert writer.errors(console.text()) == []
+    assert running(VmPaths("web01")) is None
+    events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert events.count("capture.handed-over") == 1 and "capture.stopped" in events and "capture.died" not in events
+    check_restored(host, "latest", writer.acknowledged(console.text())[-1], "raw")

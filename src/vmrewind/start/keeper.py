@@ -79,7 +79,12 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
     storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
     keeper = Keeper(storage, "libvirt", qemu_owner())
     stop = asyncio.Event()
-    _heed_signals(keeper, stop)
+    ready = asyncio.Event()
+    _heed_signals(keeper, stop, ready)
+
+    def tell_ready() -> None:
+        ready.set()
+        report_ready()
 
     def load() -> VmConfig:
         config = parse_domain(xml)
@@ -99,26 +104,30 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
         if not may_start_unprotected(config, error):
             raise
         make_whole(config.name, storage.journal, _log)
-        await _serve_unprotected(keeper, config, error, report_ready, stop)
+        await _serve_unprotected(keeper, config, error, tell_ready, stop)
         return
     resumer = Resumer(domain, keeper)
     keeper.after_restart = resumer.capture_is_back
-    report_ready()
+    tell_ready()
     await stop.wait()
     await keeper.stop()
 
 
-def _heed_signals(keeper: Keeper, stop: asyncio.Event) -> None:
-    """SIGINT, the hook's word that the VM has ended, sets ``stop``; SIGTERM does as soon as no QEMU has the disks any more."""
+def _heed_signals(keeper: Keeper, stop: asyncio.Event, ready: asyncio.Event) -> None:
+    """SIGINT, the hook's word that the VM has ended, sets ``stop``. SIGTERM does before the VM may start; later only once nobody
+    has had the disks for so long that a VM which lost its connection would have come back."""
     loop = asyncio.get_running_loop()
     waiting: list[asyncio.Task[None]] = []
 
     async def when_released() -> None:
-        if connected(keeper.nbd_socket):
-            _log("told to end, and the VM still has its disks: ending once it has let go of them")
-            keeper.events.write("keeper.end-deferred", reason="the VM still has its disks")
-        while connected(keeper.nbd_socket):
-            await asyncio.sleep(_CONNECTED_POLL_SECONDS)
+        if ready.is_set():
+            _log("told to end, and the VM may have its disks: ending once it has let go of them")
+            keeper.events.write("keeper.end-deferred", reason="the VM may have its disks")
+            used = time.monotonic()
+            while time.monotonic() - used < _RESUME_SECONDS:
+                if not keeper.serves or connected(keeper.nbd_socket):
+                    used = time.monotonic()
+                await asyncio.sleep(_CONNECTED_POLL_SECONDS)
         stop.set()
 
     def terminate() -> None:

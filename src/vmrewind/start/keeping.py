@@ -77,6 +77,11 @@ class Keeper:
         return run_name(self.run)
 
     @property
+    def serves(self) -> bool:
+        """Whether the disks are served now, by capture or without protection."""
+        return self._serving is None or self._serving.serves
+
+    @property
     def capture_pid(self) -> int:
         """The living capture's process id."""
         assert self._serving is not None and self._serving.capture is not None, "asked after the start"

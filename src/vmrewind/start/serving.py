@@ -20,7 +20,7 @@ from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import ImageIdentity, RunInfo
 from vmrewind.paths import VmPaths
-from vmrewind.start.children import CaptureChild, assignment
+from vmrewind.start.children import CLEAN, CaptureChild, assignment
 from vmrewind.start.fallback import identities_now, leave_protection, take_back
 from vmrewind.start.unprotected import UnprotectedServer
 from vmrewind.vmconfig.model import VmConfig
@@ -118,6 +118,11 @@ class Serving:
         self._serves = False
         self._request: _Request | None = None
         self._restarting = asyncio.Lock()
+
+    @property
+    def serves(self) -> bool:
+        """Whether anybody serves the disks."""
+        return self._serves or self.server is not None
 
     async def create(self) -> CaptureChild:
         """Create capture and have its storage space allotted."""
@@ -276,4 +281,13 @@ class Serving:
         if self._info is None:
             await self.capture.kill()
             return "it served nothing yet"
+        ending = await self.capture.stop()
+        if ending == CLEAN or not self._begun:
+            return ending
+        try:
+            # It was dead, or too young to be told: another one ends the run, so that no gap is left where nothing happened.
+            await self._put_in_place(await self._create(standby=False))
+        except (VmrewindError, OSError) as error:
+            self._tell(error)
+            return ending
         return await self.capture.stop()
