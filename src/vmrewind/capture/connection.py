@@ -38,12 +38,18 @@ LARGE: Final = 1 << 20
 OUTPUT: Final = 64 << 10
 OUTPUT_MAX: Final = 1 << 20
 """A batch ends when its replies fill this much, bytes."""
-BATCH_REQUESTS_MAX: Final = 256
+BATCH_REQUESTS_MAX: Final = 8
+"""More would cost less each, but the client would have nothing to do meanwhile: QEMU has 16 in flight, so it works off the replies
+of one half while the other is served (measured at 16 in flight: 1.1 to 1.2 times the rate of batches without a limit)."""
 _BATCHES_A_TURN: Final = 8
 """Batches that are served before other connections have their turn."""
 _RECEIVE_TRIES: Final = 60
 """How often the rest of a request is asked for before the loop sleeps, about a microsecond each. A unix socket holds less than a
 256 KiB write, whose rest comes as soon as there is room: sleeping for it costs more (measured: 1.2 times the rate)."""
+_PATIENCE_MAX: Final = 20
+"""How often, at most, a next request is asked for. While a client keeps sending, sleeping and being woken costs both sides more
+(measured with 4 KiB writes at 16 in flight: 1.3 times the rate, at less CPU time each). Of no avail, it is done half as often the
+next time, so that a client that sends now and then costs a try or two."""
 _REQUEST_SIZE: Final = nbd.REQUEST.size
 
 Operation = tuple[int, memoryview | None, int, int, int, int]
@@ -102,6 +108,7 @@ class Connection:
         self._backlog: memoryview | None = None
         self._later = bytearray()
         self._reader = Reader(disk.image, structured=structured)
+        self._patience = 0
 
     def preload(self, data: bytes | bytearray) -> None:
         """Bytes that arrived behind the handshake."""
@@ -110,31 +117,38 @@ class Connection:
         self._filled = len(data)
 
     def readable(self) -> None:
-        """Receive and serve every complete request. What is there of another is asked for again a while before the loop sleeps."""
+        """Receive and serve every complete request, and look a while for what comes next before the loop sleeps."""
         if self._ending:
             # Watched for nothing but the client's end.
             self.close()
             return
         if self._reader.full:
             return
+        patience = self._patience = min(self._patience + 1, _PATIENCE_MAX)
         tries = _RECEIVE_TRIES
-        while tries > 0:
+        receives = 0
+        while receives < _BATCHES_A_TURN:
             try:
                 received = self.sock.recv_into(self._view[self._filled :])
             except BlockingIOError:
-                if not self._filled:
-                    return
                 tries -= 1
-                continue
+                if tries > 0:
+                    continue
+                if not self._filled:
+                    self._patience = patience // 2
+                return
             except OSError:
                 received = 0
             if not received:
                 self.close()
                 return
+            if receives and not self._filled:
+                patience = self._patience = _PATIENCE_MAX
+            receives += 1
             self._filled += received
-            tries -= _RECEIVE_TRIES // _BATCHES_A_TURN
-            if not self.resume() or not self._filled:
+            if not self.resume() or self._reader.waiting:
                 return
+            tries = _RECEIVE_TRIES if self._filled else patience
 
     def resume(self) -> bool:
         """Serve what is in the window: after a receive, once the output has drained, or once the journal has room again.
