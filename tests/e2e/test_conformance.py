@@ -5,11 +5,9 @@ The everyday uses of these programs are in test_capture_clients.py.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,23 +196,22 @@ class Daemon:
     """A qemu-storage-daemon and its monitor."""
 
     def __init__(self, directory: Path) -> None:
-        path = directory / "qmp"
+        # Its monitor is a pipe: of a socket nobody knows when it may be connected to.
         self._process = subprocess.Popen(
-            ["qemu-storage-daemon", "--chardev", f"socket,path={path.name},server=on,wait=off,id=m", "--monitor", "chardev=m"],
+            ["qemu-storage-daemon", "--chardev", "stdio,id=m,signal=off", "--monitor", "chardev=m"],
             cwd=directory,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
-        self._sock = socket.socket(socket.AF_UNIX)
-        self._sock.settimeout(60)
-        until(path.exists, "the daemon's monitor")
-        with contextlib.chdir(directory):
-            self._sock.connect(path.name)
-        self._lines = self._sock.makefile("rb")
+        assert self._process.stdin is not None and self._process.stdout is not None, "both were asked for"
+        self._asks, self._lines = self._process.stdin, self._process.stdout
         assert "QMP" in json.loads(self._lines.readline())
         self.do("qmp_capabilities")
 
     def do(self, command: str, **arguments: Any) -> Any:
         """One command's return value; events on the way are skipped."""
-        self._sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        self._asks.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        self._asks.flush()
         while "event" in (answer := json.loads(self._lines.readline())):
             pass
         assert "error" not in answer, answer
@@ -230,10 +227,8 @@ class Daemon:
         until(lambda: not self.do("query-jobs"), "the mirror's end")
 
     def close(self) -> None:
-        self._lines.close()
-        self._sock.close()
         self._process.terminate()
-        self._process.wait(30)
+        self._process.communicate(timeout=30)
 
 
 @pytest.mark.parametrize("inwards", [True, False])
