@@ -319,7 +319,7 @@ class World:
             disk.receive()
         greeted = all(disk.greeted for disk in self.disks)
         if not self.idle and greeted and rng.random() < 0.01:
-            self.idle = 80
+            self.idle = rng.choice((8, 15, 33, 80))
         elif self.idle == 1 and rng.random() < 0.7:
             # What a guest does after a long silence is all that is lost.
             self.left = rng.randrange(5, 25)
