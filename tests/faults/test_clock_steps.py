@@ -86,7 +86,6 @@ def test_a_living_capture_across_steps_of_an_hour(tmp_path: Path) -> None:
         alone.write(ready, 2)
         ahead = mark(alone, "ahead")
         assert abs(ahead["time_ns"] - host.now_ns()) < 5 * NS, "a step forward is followed at once"
-        ahead_ns = host.now_ns()
         host.set(0)
         stepped(alone, 2)
         alone.write(ready, 3)
@@ -105,7 +104,7 @@ def test_a_living_capture_across_steps_of_an_hour(tmp_path: Path) -> None:
     clock = [record["content"]["step_ns"] for record in records if str(record.get("event")).upper() == "CLOCK"]
     assert [round(step / HOUR) for step in clock[:2]] == [1, -1]
     assert round(clock[-1] / HOUR) <= -1, "the second run's host was behind"
-    wanted = {iso(true_ns): 1, iso(ahead_ns): 2, iso(back["time_ns"]): 3, "latest": 5}
+    wanted = {iso(true_ns): 1, iso(ahead["time_ns"]): 2, iso(back["time_ns"]): 3, "latest": 5}
     assert {moment: alone.restored(moment)[0] for moment in wanted} == wanted
 
 
