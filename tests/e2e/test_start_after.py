@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from guests.protected import VMREWIND, vmrewind
+from tests.capture_tools import Client
 from vmrewind.start.processes import Process
 
 MIB = 1 << 20
@@ -231,4 +233,20 @@ def test_of_two_starts_at_once_one_is_refused_and_harms_nobody(tmp_path: Path) -
         assert again.returncode == 8 and "already running" in again.stderr
         alone.write(ready, 1)
         assert alone.status()["problems"] == []
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
+def test_a_start_waits_for_a_client_that_is_letting_go_and_refuses_beside_one_that_stays(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        os.kill(ready["keeper"], signal.SIGKILL)
+        sock = Path(ready["disks"]["vda"]["uri"].partition("?socket=")[2])
+    with Client(sock, "vda"):
+        refused = vmrewind("capture", alone.config, check=False)
+        assert refused.returncode == 8 and "still connected" in refused.stderr
+    going = Client(sock, "vda")
+    going.write(0, b"7" * 512)
+    threading.Timer(2.0, going.sock.close).start()
+    with alone.serving():
+        assert "history.gap" not in alone.events()
     assert alone.restored("latest") == alone.image.read_bytes()

@@ -13,6 +13,8 @@ from vmrewind.start.control import instruct
 from vmrewind.start.processes import Keeping, Process, running
 
 _LEFTOVER_SECONDS: Final = 60.0
+_LETTING_GO_SECONDS: Final = 5.0
+"""A QEMU that was killed counts as dead when its first thread is; its connections last as long as its last one."""
 _CONNECTED: Final = "03"
 
 
@@ -35,11 +37,14 @@ async def clear_leftovers(paths: VmPaths) -> None:
         )
     serving = keeping.server or keeping.capture
     assert serving is not None, "if keeper and QEMU are dead, what runs serves the disks"
-    if await asyncio.to_thread(_in_use, paths, keeping):
-        raise VmStateError(
-            f"{paths.name}: its keeper has died, but a QEMU is still connected to its disks",
-            f"stop that QEMU first; its disks are served by pid {serving.pid} until then",
-        )
+    deadline = time.monotonic() + _LETTING_GO_SECONDS
+    while await asyncio.to_thread(_in_use, paths, keeping):
+        if time.monotonic() > deadline:
+            raise VmStateError(
+                f"{paths.name}: its keeper has died, but a QEMU is still connected to its disks",
+                f"stop that QEMU first; its disks are served by pid {serving.pid} until then",
+            )
+        await asyncio.sleep(0.1)
     for process in (keeping.server, keeping.capture, keeping.ship):
         if process is not None:
             await _end(process)
