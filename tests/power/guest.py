@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tests.power.layer import SECTOR
+from tests.power import SECTOR
 from vmrewind.nbd import protocol as nbd
 
 
@@ -156,9 +156,10 @@ class GuestDisk:
             magic, error, cookie = struct.unpack_from(">IIQ", self._in)
             assert (magic, error) == (nbd.SIMPLE_REPLY_MAGIC, 0), f"{self.target}: {magic:#x}, error {error}"
             del self._in[:16]
-            self._answered(self.unanswered.pop(cookie))
+            self.note_answer(self.unanswered.pop(cookie))
 
-    def _answered(self, request: Operation | Flush) -> None:
+    def note_answer(self, request: Operation | Flush) -> None:
+        """Note that a request was answered, and what is covered by that."""
         request.answered = True
         if isinstance(request, Flush):
             for operation in request.covers:

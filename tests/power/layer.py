@@ -29,8 +29,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from tests.power import SECTOR
+
 PAGE = 4096
-SECTOR = 512
 _ROOT_SERIAL = 0
 
 real = SimpleNamespace(**{name: getattr(os, name) for name in dir(os) if not name.startswith("__")})
