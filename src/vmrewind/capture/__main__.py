@@ -26,6 +26,7 @@ from vmrewind.capture.image import Image
 from vmrewind.capture.policy import POLICIES, FullPolicy
 from vmrewind.capture.recovery import End, find_end, recovery_point, replay, seal, segments_after
 from vmrewind.capture.server import Server, print_event
+from vmrewind.capture.since import last_activity_ns, was_used
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, VmrewindError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
@@ -88,6 +89,10 @@ def main() -> int:
     except VmrewindError as error:
         print_event("error", kind=error.kind, message=str(error), hint=error.hint)
         return error.exit_code
+    except OSError as error:
+        hint = "repair what the journal and the images lie on; they keep what was written until then"
+        print_event("error", kind=VmrewindError.kind, message=f"{arguments.journal}: {error}", hint=hint)
+        return VmrewindError.exit_code
     os.close(lock)
     return 0
 
@@ -132,7 +137,12 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
                 "stop the VM and start it again: the missing history becomes a gap, and a new base is made",
             )
     policy = FullPolicy(assignment["on_journal_full"], journal, state)
+    used: set[int] = set()
     if end is not None:
+        if not state.bypassed:
+            # Before anything is replayed, which changes what tells it.
+            active_ns = last_activity_ns(journal, end.segment, end.last_time_ns)
+            used = {image.index for image in images if was_used(image, active_ns, host_died=False)}
         seal(journal, run, end)
         applied = replay(journal, run, point, end, {image.index: image for image in images})
         state.set_applied(end.next_batch - 1)
@@ -151,10 +161,16 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
     if end is not None:
         unsynced = [path for path in segments_after(journal, run, state.checkpoint) if path != end.segment]
         writer.resume(end.segment, end.number, end.position, unsynced)
+        writer.last_time_ns = end.last_time_ns
     dirty = None
     if policy.name == "bypass":
         dirty = DirtyMap(Path(assignment["dirty_map"]), run, {image.index: image.size for image in images})
     server = Server(journal, pool, writer, state, clock, images, events, policy, dirty)
+    for disk in server.disks.values():
+        disk.doubtful = end is not None and (state.is_doubtful(disk.index) or disk.index in used)
+        if disk.index in used:
+            events.write("image.used", disk=disk.target, image=disk.image.path)
+    server.note_doubts()
     if lost:
         # Whatever is at that place now, it is not this run's journal: nothing is added to it.
         writer.abandon()

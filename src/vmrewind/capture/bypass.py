@@ -23,6 +23,7 @@ _CHECKPOINT_WAIT_SECONDS: Final = 1.0
 _UNREADABLE_SECONDS: Final = 10.0
 """After an extent could not be read from its image: when it is tried again."""
 _REST_SECONDS: Final = 0.1
+_MAP_LOST: Final = "the journal was bypassed, and what was written meanwhile is not known any more"
 _CAUSE_CHARACTERS_MAX: Final = 120
 """Whatever they are, they fit into the room that a full journal has kept for a last word."""
 
@@ -34,6 +35,12 @@ class Bypass:
         self._server = server
         self._map = dirty
         self._rest_until = 0.0
+        if dirty is not None and server.state.bypassed and dirty.phase is Phase.NONE:
+            # Nobody knows any more what was bypassed: all of it, then.
+            dirty.begin(_MAP_LOST, server.writer.last_time_ns or time.time_ns())
+            for disk in server.disks.values():
+                dirty.mark(disk.index, 0, disk.size)
+            server.events.write("bypass.map-lost", dirty_bytes=dirty.dirty_bytes)
         self.on = dirty is not None and dirty.phase is Phase.BYPASSING
         """The guest's writes go to the images only."""
         if self.is_open:
@@ -93,6 +100,8 @@ class Bypass:
             return False
         begins = not self.is_open
         if begins:
+            # First, and elsewhere: should the map be lost, whoever resumes this run knows at least that there was one.
+            server.state.bypassed = True
             dirty.begin(reason[:_CAUSE_CHARACTERS_MAX], time.time_ns())
         dirty.phase, self.on = Phase.BYPASSING, True
         self.absorb()
@@ -174,5 +183,6 @@ class Bypass:
         server.state.set_applied(server.writer.next_batch - 1)
         since_ns = dirty.since_ns
         dirty.phase = Phase.NONE
+        server.state.bypassed = False
         server.events.write("bypass.end", seq=seq, seconds=round((time.time_ns() - since_ns) / 1e9, 3))
         return True

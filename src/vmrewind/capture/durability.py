@@ -110,8 +110,13 @@ class Durability:
         """Whether the images hold writes that the journal does not, so that a flush must sync them."""
         self._bypasses = 0
         self._journal_only_next = False
+        self.lost: set[int] = set()
+        """Disks whose images lost writes that no journal has; a bypass's."""
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called when ``lost`` has grown, before anybody is answered."""
         self._image_error = 0
         """What an image's sync failed with: the kernel tells it once, to whichever thread asks."""
+        self._failed_image = 0
         self._journal_fails = False
         self._waits = False
         self._level = threading.Lock()
@@ -150,6 +155,9 @@ class Durability:
                 # The next second's tick tries again.
                 self._waiting = waiters + self._waiting
                 return
+            if error and images_too:
+                self.lost.add(self._failed_image)
+                self.on_lost()
             if last_of == self._bypasses and not error:
                 self.images_too = self._journal_only_next = False
             for waiter, cookie in waiters:
@@ -225,6 +233,7 @@ class Durability:
                 return self._image_error
             try:
                 for image in self._images:
+                    self._failed_image = image.index
                     image.sync()
                     if with_identity:
                         image.sync_identity()

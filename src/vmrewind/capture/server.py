@@ -110,6 +110,7 @@ class Server:
         self._hold_began_ns = 0
         self._ticks = 0
         self.durability = Durability(journal, writer, state, images, events, pool.segments_max, self.post)
+        self.durability.on_lost = self.note_doubts
         self.bypass = Bypass(self, dirty)
 
     # -- the loop
@@ -385,6 +386,7 @@ class Server:
         """The image refused records of the last batch: void them, and journal what it holds where they went."""
         self.image_failed(disk, errors)
         self.refused.append(_Refused(disk, seqs, ranges))
+        self.note_doubts()
         self.settle()
 
     def image_failed(self, disk: Disk, errors: Iterable[int]) -> None:
@@ -407,9 +409,10 @@ class Server:
             end = min(before, disk.size)
             ranges = [(at, min(_ZERO_PIECE, end - at)) for at in range(length, end, _ZERO_PIECE)]
             self.refused.append(_Refused(disk, [], ranges))
+            self.note_doubts()
             return
         if any(is_data for _, is_data in disk.image.allocation(before, min(length, disk.size) - before)):
-            disk.doubtful = True
+            self.doubt(disk)
         self.events.write("image.longer", disk=disk.target, bytes=length, expected_bytes=disk.size, changed=disk.doubtful)
 
     def settle(self) -> bool:
@@ -434,7 +437,20 @@ class Server:
         except JournalFull:
             return False
         self.state.set_applied(self.writer.next_batch - 1)
+        self.note_doubts()
         return True
+
+    def doubt(self, disk: Disk) -> None:
+        """The image may hold what history does not, and nobody knows where: the next start is to compare the whole of it."""
+        disk.doubtful = True
+        self.note_doubts()
+
+    def note_doubts(self) -> None:
+        """Leave word of what history still lacks: whoever takes this process's place in the run knows nothing else of it."""
+        lacking = {disk.index for disk in self.disks.values() if disk.doubtful}
+        lacking |= self.durability.lost
+        lacking |= {refused.disk.index for refused in self.refused} | {disk.index for disk, _, _ in self.unread}
+        self.state.set_doubtful(lacking)
 
     def journal_as_is(self, disk: Disk, offset: int, length: int) -> bool:
         """Journal a range as the image holds it; False if the image cannot be read there. Raises JournalFull."""
@@ -467,8 +483,8 @@ class Server:
         self._declare_dropped()
         self.durability.finish()
         position = Position(self.writer.run, ended, self.writer.last_time_ns)
-        for disk, _, _ in self.unread:
-            disk.doubtful = True
+        for disk in self.disks.values():
+            disk.doubtful |= disk.index in self.durability.lost or any(unread is disk for unread, _, _ in self.unread)
         # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
         known = [] if gap else [disk for disk in self.disks.values() if not (disk.doubtful or disk.replaced)]
         identities = {disk.target: disk.image.identity() for disk in known}

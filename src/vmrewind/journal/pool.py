@@ -6,6 +6,7 @@ Overwriting a segment that exists is also 3 to 5 times as fast as appending to a
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import fcntl
@@ -132,12 +133,7 @@ class SegmentPool:
         if self.deleted:
             raise JournalFull("the journal's directory was deleted")
         try:
-            if self._free:
-                path = self._free[-1]
-                fd = self._open_locked(path)
-                self._free.pop()
-            else:
-                path, fd = self._recycle(may_recycle)
+            path, fd = self._open_free() or self._recycle(may_recycle)
         except OSError as error:
             raise JournalFull(f"no segment can be had: {error}") from error
         try:
@@ -150,6 +146,21 @@ class SegmentPool:
             self._free.insert(0, path)
             raise JournalFull(f"{path}: cannot be made a segment: {error}") from error
         return fd, size
+
+    def _open_free(self) -> tuple[Path, int] | None:
+        """A file of the reserved space, open and locked; None if none is left. One that somebody deleted is made anew."""
+        while self._free:
+            path = self._free[-1]
+            try:
+                fd = self._open_locked(path)
+            except FileNotFoundError:
+                self._free.pop()
+                with contextlib.suppress(JournalFull):
+                    return self._extra(self._used() + len(self._free) * self.segment_size, self.quota)
+                continue
+            self._free.pop()
+            return path, fd
+        return None
 
     @staticmethod
     def _open_locked(path: Path) -> int:

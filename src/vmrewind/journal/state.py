@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +20,15 @@ SIZE: Final = 4096
 MAGIC: Final = b"VMRWSTAT"
 VERSION: Final = 1
 LAYOUT: Final = struct.Struct("<8sII16sQQQ")
-"""magic, version, reserved, boot id, run, batch applied, batch checkpointed."""
+"""magic, version, doubts, boot id, run, batch applied, batch checkpointed."""
+_DOUBTS: Final = 12
+_DOUBT_LAST: Final = 30
+"""The bit of every disk from this index on."""
+_BYPASS: Final = 1 << 31
 _RUN: Final = 32
 _APPLIED: Final = 40
 _CHECKPOINT: Final = 48
+_U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 
 
@@ -67,6 +73,29 @@ class StatePage:
         """Record, durably, that the images hold every batch up to ``batch`` on stable storage."""
         _U64.pack_into(self._map, _CHECKPOINT, batch)
         self._map.flush()
+
+    @property
+    def _doubts(self) -> int:
+        return int(_U32.unpack_from(self._map, _DOUBTS)[0])
+
+    def is_doubtful(self, index: int) -> bool:
+        """Whether disk ``index`` may hold what its history does not, in this run."""
+        return bool(self._doubts >> min(index, _DOUBT_LAST) & 1)
+
+    def set_doubtful(self, indices: Iterable[int]) -> None:
+        """Record which disks may hold what their history does not; like ``applied``, a process's death does not undo it."""
+        doubts = sum({1 << min(index, _DOUBT_LAST) for index in indices}) | (self._doubts & _BYPASS)
+        _U32.pack_into(self._map, _DOUBTS, doubts)
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether a bypass of the journal has begun whose gap is not closed."""
+        return bool(self._doubts & _BYPASS)
+
+    @bypassed.setter
+    def bypassed(self, bypassed: bool) -> None:
+        doubts = self._doubts & ~_BYPASS | (_BYPASS if bypassed else 0)
+        _U32.pack_into(self._map, _DOUBTS, doubts)
 
     def begin(self, run: int) -> None:
         """A new run starts: nothing of it applied yet. Durable when this returns."""
