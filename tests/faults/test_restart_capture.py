@@ -40,7 +40,7 @@ if "vmrewind.capture" in sys.orig_argv and broken.exists():
         raise SpaceError("the upgrade is broken", "take it back")
     SegmentPool.allot = allot
 """)
-    monkeypatch.setenv("PYTHONPATH", str(directory / "hooks"))
+    monkeypatch.setenv("PYTHONPATH", str(directory / "hooks"), prepend=os.pathsep)
     return broken
 
 

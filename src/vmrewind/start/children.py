@@ -26,10 +26,19 @@ from vmrewind.vmconfig.model import VmConfig
 SOCKET_PATH_BYTES_MAX: Final = 107
 _BACKLOG: Final = 64
 CLEAN: Final = "exit code 0"
+HANDED_OVER: Final = "handed over"
+"""How a capture ends that has left its run to the next one."""
 _HEED_SECONDS: Final = 5.0
 """A capture that has not heeded a signal by then hangs."""
 _HAND_OVER_SECONDS: Final = 60.0
 """For so long its last checkpoint may take, and the sync that is at hand when it ends."""
+_STANDBY_SECONDS: Final = 20.0
+_ALLOT_SECONDS: Final = 60.0
+_ALLOT_BYTES_PER_SECOND_MIN: Final = 16 << 20
+"""A file system that cannot reserve space has zeroes written to it."""
+_READY_SECONDS: Final = 600.0
+_RECOVER_BYTES_PER_SECOND_MIN: Final = 1 << 20
+"""A recovery must never be killed because it is slow: the next one would be no faster."""
 # With 20 protected VMs on a host, each process's own arenas would cost more than its work.
 # The safe path keeps them from importing what lies in the directory that the VM happens to be started in.
 _ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
@@ -67,30 +76,39 @@ class CaptureChild:
     One that stands by has started, and touches nothing before it is assigned its disks.
     """
 
-    def __init__(self, process: Process, log: Path, *, standby: bool = False) -> None:
+    def __init__(self, process: Process, log: Path, journal_size: int, *, standby: bool = False) -> None:
         self._process = process
         self._log = log
         self._standby = standby
+        self._handed_over = False
+        self._allot_seconds = _ALLOT_SECONDS + journal_size / _ALLOT_BYTES_PER_SECOND_MIN
+        self._ready_seconds = _READY_SECONDS + journal_size / _RECOVER_BYTES_PER_SECOND_MIN
 
     @classmethod
     async def create(
         cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = (), *, standby: bool = False
     ) -> CaptureChild:
-        """Start the process and wait until its storage space is allotted, or it stands by; raises what it reports."""
+        """Start the process and wait until its storage space is allotted, or it stands by.
+
+        Raises what it reports, or StartError if it reports nothing for too long; then it has been killed.
+        """
         command = [sys.executable, "-m", "vmrewind.capture", "--journal", str(journal), "--journal-size", str(journal_size)]
         command += ["--standby"] if standby else []
         environment = without_credentials(os.environ)
         process = await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit, environment=environment)
-        child = cls(process, paths.log, standby=standby)
+        child = cls(process, paths.log, journal_size, standby=standby)
         try:
-            await child._expect("standby" if standby else "allotted")
+            if standby:
+                await child._expect("standby", _STANDBY_SECONDS)
+            else:
+                await child._expect("allotted", child._allot_seconds)
         except BaseException:
             await child.kill()
             raise
         return child
 
     async def assign(self, assignment: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Hand over the disks and wait until they are served; raises what the process reports."""
+        """Hand over the disks and wait until they are served; raises what the process reports, StartError if that is nothing."""
         assert self._process.stdin is not None, "the process was created with a pipe"
         try:
             self._process.stdin.write(json.dumps(assignment).encode() + b"\n")
@@ -99,24 +117,48 @@ class CaptureChild:
         except (BrokenPipeError, ConnectionResetError):
             pass  # It has died, and what it said before is about to be read.
         if self._standby:
-            await self._expect("allotted")
-        return await self._expect("ready")
+            await self._expect("allotted", self._allot_seconds)
+        return await self._expect("ready", self._ready_seconds)
 
-    async def _expect(self, event: str) -> Mapping[str, Any]:
+    async def _expect(self, event: str, seconds: float) -> Mapping[str, Any]:
+        hint = f"what it said last is in {self._log}"
+        try:
+            async with asyncio.timeout(seconds):
+                message = await self._read()
+                if message is None:
+                    code = await self._process.wait()
+                    raise StartError(f"the capture process ended ({_ending(code)}) before it was {event}", hint)
+                if message["event"] == "error":
+                    await self._process.wait()
+                    raise by_kind(message["kind"], message["message"], message["hint"])
+        except TimeoutError as error:
+            await self.kill()
+            raise StartError(f"the capture process was not {event} within {seconds:.0f} s", hint) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise StartError(f"the capture process said something else than {event!r}: {error!r}", hint) from error
+        if message["event"] != event:
+            raise StartError(f"the capture process said {message['event']!r} instead of {event!r}", hint)
+        return message
+
+    async def _read(self) -> dict[str, Any] | None:
+        """The next thing that it says, None at its end; raises ValueError for what is no event."""
         assert self._process.stdout is not None, "the process was created with a pipe"
         line = await self._process.stdout.readline()
         if not line:
-            code = await self._process.wait()
-            raise StartError(
-                f"the capture process ended ({_ending(code)}) before it was {event}", f"what it said last is in {self._log}"
-            )
-        message: dict[str, Any] = json.loads(line)
-        if message["event"] == "error":
-            await self._process.wait()
-            raise by_kind(message["kind"], message["message"], message["hint"])
-        if message["event"] != event:
-            raise StartError(f"the capture process said {message['event']!r} instead of {event!r}")
+            return None
+        message = json.loads(line)
+        if not isinstance(message, dict) or not isinstance(message.get("event"), str):
+            raise ValueError(f"{line[:80]!r} is no event")
         return message
+
+    async def _heard(self) -> str | None:
+        """The name of the next event, None at its end; what is no event is passed over."""
+        while True:
+            with contextlib.suppress(ValueError):
+                message = await self._read()
+                event = None if message is None else str(message["event"])
+                self._handed_over |= event == "handed-over"
+                return event
 
     @property
     def pid(self) -> int:
@@ -132,16 +174,15 @@ class CaptureChild:
 
         One that hangs is killed: the journal is built for that.
         """
-        assert self._process.stdout is not None, "the process was created with a pipe"
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGUSR1)
         stopped = time.monotonic()
         try:
             async with asyncio.timeout(_HEED_SECONDS):
-                heeded = await self._process.stdout.readline()
+                heeded = await self._heard()
             async with asyncio.timeout(_HAND_OVER_SECONDS):
-                while heeded and json.loads(heeded)["event"] != "handed-over":
-                    heeded = await self._process.stdout.readline()
+                while heeded not in (None, "handed-over"):
+                    heeded = await self._heard()
                 stopped = time.monotonic()
                 await self._process.wait()
         except TimeoutError:
@@ -149,10 +190,13 @@ class CaptureChild:
         return stopped
 
     async def stop(self) -> str:
-        """Ask for a clean end of the run and wait for it."""
+        """Ask for a clean end of the run and wait for it; returns how it ended: ``CLEAN`` if the run ended with it."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
-        return await self.wait()
+        ending = await self.wait()
+        while not self._handed_over and await self._heard() is not None:
+            pass
+        return HANDED_OVER if self._handed_over and ending == CLEAN else ending
 
     async def kill(self) -> None:
         """End it at once; the journal is built for that."""

@@ -1,4 +1,7 @@
-"""The keeper's own socket: one JSON instruction a connection, one answer. Its client is local and trusted with the VM."""
+"""The keeper's own socket: one JSON instruction a connection, one answer. Its client is local and trusted with the VM.
+
+A client that hangs up before it has its answer has thought better of it: what it asked for is given up, if it can still be.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from vmrewind.errors import UsageError, VmrewindError
@@ -14,7 +17,7 @@ from vmrewind.errors import UsageError, VmrewindError
 _LINE_MAX: Final = 4096
 _LINE_SECONDS: Final = 10.0
 
-Carry = Callable[[], Awaitable[dict[str, Any]]]
+Carry = Callable[[], Coroutine[Any, Any, dict[str, Any]]]
 
 
 class KeeperControl:
@@ -55,11 +58,13 @@ class KeeperControl:
             error: VmrewindError = UsageError(f"the keeper takes one line of JSON, its command one of {', '.join(self._commands)}")
         else:
             try:
-                return {"ok": True, **await carry()}
+                return {"ok": True, **await _unless_hung_up(reader, carry())}
             except VmrewindError as failed:
                 error = failed
             except OSError as failed:
                 error = VmrewindError(str(failed))
+            except Exception as failed:  # noqa: BLE001 - an answer, whatever happens: somebody waits for it
+                error = VmrewindError(repr(failed), "this is a bug; the VM's log may tell more")
         return {"ok": False, "kind": error.kind, "message": str(error), "hint": error.hint}
 
     async def close(self) -> None:
@@ -70,3 +75,23 @@ class KeeperControl:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _unless_hung_up(reader: asyncio.StreamReader, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    carried = asyncio.ensure_future(work)
+    hung_up = asyncio.ensure_future(_end(reader))
+    try:
+        await asyncio.wait({carried, hung_up}, return_when=asyncio.FIRST_COMPLETED)
+        if not carried.done():
+            raise VmrewindError("whoever asked has hung up")
+        return await carried
+    finally:
+        carried.cancel()
+        hung_up.cancel()
+        await asyncio.gather(carried, hung_up, return_exceptions=True)
+
+
+async def _end(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(OSError):
+        while await reader.read(_LINE_MAX):
+            pass

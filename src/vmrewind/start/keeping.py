@@ -8,13 +8,13 @@ process of its own (``start/keeper.py``).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
+import functools
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from vmrewind.errors import SpaceError, VmStateError
 from vmrewind.journal.events import EventLog
@@ -35,8 +35,11 @@ from vmrewind.vmconfig.model import VmConfig
 _SHIP_RESTART_SECONDS: Final = 0.2
 _SHIP_STOP_SECONDS: Final = 10.0
 _SHIP_FINISH_SECONDS: Final = 7.0
+_RETRY_SECONDS: Final = 1.0
 _RESYNC_RETRY_SECONDS: Final = 2.0
 _RESYNC_RETRY_SECONDS_MAX: Final = 300.0
+
+T = TypeVar("T")
 
 
 class Keeper:
@@ -65,6 +68,7 @@ class Keeper:
         self._trouble: str | None = None
         self._server_pid: int | None = None
         self._lock = -1
+        self._noting_again: asyncio.TimerHandle | None = None
 
     @property
     def bases(self) -> dict[str, str]:
@@ -141,7 +145,7 @@ class Keeper:
             raise
         self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
 
-        self._tasks.append(asyncio.create_task(self._serving.keep()))
+        self._tasks.append(asyncio.create_task(self._persist("serving", self._serving.keep)))
         await self._control.listen(self._listen(self.paths.keeper_socket))
         if config.protection.repository is not None:
             auto = config.protection.ship == "auto"
@@ -151,7 +155,7 @@ class Keeper:
             self._ship = await self._create_ship(repository)
             self.note()
             self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
-            self._tasks.append(asyncio.create_task(self._keep_ship(repository)))
+            self._tasks.append(asyncio.create_task(self._persist("ship", lambda: self._keep_ship(repository))))
             self._begin_resync(plan.resync)
         return config
 
@@ -196,7 +200,18 @@ class Keeper:
         return await ShipChild.create(self.paths, self.storage.journal, repository)
 
     def note(self) -> None:
-        """Tell the other commands who is alive."""
+        """Tell the other commands who is alive: now, or as soon as the file can be written."""
+        if self._noting_again is not None:
+            self._noting_again.cancel()
+        failed_before, self._noting_again = self._noting_again is not None, None
+        try:
+            self._keeping().write(self.paths)
+        except OSError as error:
+            if not failed_before:
+                self.events.write("keeper.note-failed", error=str(error))
+            self._noting_again = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self.note)
+
+    def _keeping(self) -> Keeping:
         own = Process.of(os.getpid())
         assert own is not None, "this process is alive"
         serving = self._serving
@@ -207,9 +222,21 @@ class Keeper:
         processes = {role: Process.of(pid) for role, pid in pids.items() if pid is not None}
         trouble = serving.trouble if serving is not None else self._trouble
         protected = serving is not None and serving.server is None
-        Keeping(self.run_name, self.mode, own, **processes, trouble=trouble, protected=protected).write(self.paths)
+        return Keeping(self.run_name, self.mode, own, **processes, trouble=trouble, protected=protected)
 
     # -- keeping
+
+    async def _persist(self, what: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it again until it does not fail: nobody else would, while the VM runs. Each new reason is told once."""
+        told = ""
+        while True:
+            try:
+                return await work()
+            except Exception as error:  # noqa: BLE001 - see above
+                if repr(error) != told:
+                    told = repr(error)
+                    self.events.write("keeper.failed", what=what, error=told)
+            await asyncio.sleep(_RETRY_SECONDS)
 
     def served_again(self) -> None:
         """Part of ``Serving``'s contract."""
@@ -243,13 +270,13 @@ class Keeper:
                 return
             self.events.write("ship.died", pid=self._ship.pid, ending=ending)
             await asyncio.sleep(_SHIP_RESTART_SECONDS + deaths.pause_seconds())
-            self._ship = await self._create_ship(repository)
+            self._ship = await self._persist("ship", lambda: self._create_ship(repository))
             self.note()
             self.events.write("ship.restarted", pid=self._ship.pid)
 
     def _begin_resync(self, disks: Sequence[str]) -> None:
         if disks and self._repository is not None:
-            self._resyncing = asyncio.create_task(self._resync(self._repository, disks))
+            self._resyncing = asyncio.create_task(self._persist("resync", functools.partial(self._resync, self._repository, disks)))
             self._tasks.append(self._resyncing)
 
     async def _resync(self, repository: str, disks: Sequence[str]) -> None:
@@ -277,11 +304,16 @@ class Keeper:
         await self._control.close()
         for task in self._tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._serving is not None:
-            self.events.write("capture.ended", ending=await self._serving.stop())
+            try:
+                ending = await self._serving.stop()
+            except Exception as error:  # noqa: BLE001 - ship and the sockets are to be ended all the same
+                ending = f"failed: {error!r}"
+            self.events.write("capture.ended", ending=ending)
         await self._stop_ship()
+        if self._noting_again is not None:
+            self._noting_again.cancel()
         for sock in self._sockets:
             sock.close()
         for path in (self.nbd_socket, self.paths.control_socket, self.paths.keeper_socket, self.paths.keeper):

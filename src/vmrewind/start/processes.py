@@ -82,9 +82,13 @@ class Keeping:
     def write(self, paths: VmPaths) -> None:
         """Replace the file; a reader sees the old or the new one. It lives in memory, so nothing is synced."""
         temporary = paths.keeper.with_name(f".keeper.{os.getpid()}.tmp")
-        with open(temporary, "w", opener=private) as file:
-            json.dump({"pid": self.keeper.pid, "boot": _boot(), **asdict(self)}, file)
-        temporary.replace(paths.keeper)
+        try:
+            with open(temporary, "w", opener=private) as file:
+                json.dump({"pid": self.keeper.pid, "boot": _boot(), **asdict(self)}, file)
+            temporary.replace(paths.keeper)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def read(cls, paths: VmPaths) -> Keeping | None:

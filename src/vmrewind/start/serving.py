@@ -10,10 +10,10 @@ import asyncio
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from vmrewind.errors import StartError, VmrewindError
 from vmrewind.journal.events import EventLog
@@ -29,6 +29,8 @@ DEATHS_MAX: Final = 5
 DEATHS_SECONDS: Final = 60
 """A child that dies so often within this time cannot live: it must not eat the host."""
 PATIENCE_SECONDS: Final = 1.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,17 @@ class _Request:
     """A capture that stands by to take the place of whoever serves now, and who waits to hear when it does."""
 
     child: CaptureChild
-    serves: asyncio.Future[float]
+    serves: asyncio.Future[None]
+
+    def served(self) -> None:
+        """Tell it, unless nobody waits any more."""
+        if not self.serves.done():
+            self.serves.set_result(None)
+
+    def failed(self, error: VmrewindError) -> None:
+        """Tell why not, unless nobody waits any more."""
+        if not self.serves.done():
+            self.serves.set_exception(error)
 
 
 class Serving:
@@ -117,7 +129,10 @@ class Serving:
         self._begun = False
         self._serves = False
         self._request: _Request | None = None
+        self._asked = asyncio.Event()
         self._restarting = asyncio.Lock()
+        self._deaths = Deaths()
+        self._unserved_since = 0.0
 
     @property
     def serves(self) -> bool:
@@ -151,52 +166,90 @@ class Serving:
     # -- keeping
 
     async def keep(self) -> None:
-        """See that the disks are always served; until it is cancelled."""
-        deaths = Deaths()
+        """See that the disks are always served; until it is cancelled. Should it fail, it can be called again."""
         while True:
-            if self.server is not None:
-                if self._request is not None:
-                    await self.server.kill()
-                code = await self.server.wait()
-                if self._request is None:
-                    self._keeper.events.write("unprotected.server-died", pid=self.server.pid, exit_code=code)
-            else:
-                assert self.capture is not None, "capture serves if nobody else does"
-                ending = await self.capture.wait()
-                self._serves = False
-                if self._request is None:
-                    self._keeper.events.write("capture.died", pid=self.capture.pid, ending=ending)
-                    await asyncio.sleep(deaths.pause_seconds())
-            await self._serve_again(deaths)
+            request = await self._until_nobody_serves()
+            await self._serve_again(request)
             self._keeper.served_again()
 
-    async def _serve_again(self, deaths: Deaths) -> None:
+    async def _until_nobody_serves(self) -> _Request | None:
+        """Wait until whoever serves has died, or was ended for the one that is returned."""
+        while self.serves:
+            serving = self.server or self.capture
+            assert serving is not None, "somebody serves"
+            ending = await self._ended_or_asked(serving.wait())
+            request = self._take()
+            if ending is None and request is None:
+                continue  # Whoever asked has thought better of it.
+            if ending is not None:
+                self._unserved_since = time.monotonic()
+                self._serves = False
+                if self.server is not None:
+                    self._keeper.events.write("unprotected.server-died", pid=serving.pid, exit_code=ending)
+                else:
+                    self._keeper.events.write("capture.died", pid=serving.pid, ending=ending)
+                    pause_seconds = self._deaths.pause_seconds()
+                    await asyncio.sleep(0 if request is not None else pause_seconds)
+                return request
+            assert request is not None, "it was asked for"
+            try:
+                if isinstance(serving, CaptureChild):
+                    self._unserved_since = await serving.hand_over()
+                else:
+                    self._unserved_since = time.monotonic()
+                    await serving.kill()
+                self._serves = False
+            except BaseException:
+                request.failed(StartError("the running capture could not be ended", "the VM's log may tell more"))
+                await request.child.kill()
+                raise
+            return request
+        return self._take()
+
+    async def _ended_or_asked(self, ending: Coroutine[Any, Any, T]) -> T | None:
+        """How the process ended; None if another one was asked for before."""
+        ended = asyncio.ensure_future(ending)
+        asked = asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+            return ended.result() if ended.done() else None
+        finally:
+            ended.cancel()
+            asked.cancel()
+
+    def _take(self) -> _Request | None:
+        request, self._request = self._request, None
+        self._asked.clear()
+        return request
+
+    async def _serve_again(self, request: _Request | None) -> None:
         """Try until somebody serves: the guest waits meanwhile, and nothing it was promised is lost."""
         assert self._config is not None, "served before"
         may_leave = self._config.protection.on_failure == "start-unprotected"
         unprotected, self.server = self.server is not None, None
-        leave = may_leave and not unprotected and deaths.too_many
+        leave = may_leave and not unprotected and self._deaths.too_many
         while True:
-            request, self._request = self._request, None
             try:
                 if leave and request is None:
                     await self._leave_protection(self.trouble or f"capture died {DEATHS_MAX} times within {DEATHS_SECONDS} s")
-                    deaths.forget()
+                    self._deaths.forget()
                 else:
                     await self._put_in_place(request.child if request is not None else await self._create(standby=False))
             except Exception as error:  # noqa: BLE001 - whatever a broken upgrade does, the guest waits for another try
                 self._tell(error)
-                deaths.pause_seconds()
-                leave = not leave and may_leave and (unprotected or deaths.too_many)
+                self._deaths.pause_seconds()
+                leave = not leave and may_leave and (unprotected or self._deaths.too_many)
                 if request is not None:
-                    known = isinstance(error, VmrewindError)
-                    request.serves.set_exception(error if known else StartError(self.trouble or "", "the VM's log may tell more"))
+                    request.failed(
+                        error if isinstance(error, VmrewindError) else StartError(repr(error), "the VM's log may tell more")
+                    )
                 elif not leave:
                     await asyncio.sleep(PATIENCE_SECONDS)
             else:
                 if request is not None:
-                    request.serves.set_result(time.monotonic())
+                    request.served()
                 return
+            request = self._take()
 
     async def _put_in_place(self, child: CaptureChild) -> None:
         assert self._info is not None, "assigned before"
@@ -254,18 +307,14 @@ class Serving:
         """
         async with self._restarting:
             child = await self._create(standby=True)
-            request = _Request(child, asyncio.get_running_loop().create_future())
+            request = self._request = _Request(child, asyncio.get_running_loop().create_future())
+            self._asked.set()
             try:
-                self._request = request
-                stopped = time.monotonic()
-                if self.server is not None:
-                    await self.server.kill()
-                elif self._serves:
-                    assert self.capture is not None, "it serves"
-                    stopped = await self.capture.hand_over()
-                return await request.serves - stopped
+                await request.serves
+                return time.monotonic() - self._unserved_since
             finally:
                 if self._request is request:
+                    # Whoever asked has hung up, or the VM stops, before anybody was ended for it.
                     self._request = None
                     await child.kill()
 
@@ -285,9 +334,10 @@ class Serving:
         if ending == CLEAN or not self._begun:
             return ending
         try:
-            # It was dead, or too young to be told: another one ends the run, so that no gap is left where nothing happened.
+            # It was dead, or too young to be told, or had left the run to one that does not serve yet: another one ends the run,
+            # so that no gap is left where nothing happened.
             await self._put_in_place(await self._create(standby=False))
-        except (VmrewindError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the VM has stopped: what could not be ended, its next start recovers
             self._tell(error)
             return ending
         return await self.capture.stop()
