@@ -488,7 +488,8 @@ class Server:
         # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
         known = [] if gap else [disk for disk in self.disks.values() if not (disk.doubtful or disk.replaced)]
         identities = {disk.target: disk.image.identity() for disk in known}
-        write_durably(self.journal / "head.json", Head(position, identities, gap).to_json())
+        cause = f"the journal took no more until the last run's end: {gap}" if gap else None
+        write_durably(self.journal / "head.json", Head(position, identities, cause).to_json())
         self.events.write("capture.stopped", seq=ended)
         for disk in self.disks.values():
             disk.image.close()

@@ -31,6 +31,9 @@ def restore(
     at: Annotated[str | None, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}.")] = None,
     output: Annotated[Path | None, Parameter(help="Write the disks as files into this directory.")] = None,
     in_place: Annotated[bool, Parameter(negative="", help="Make the stopped VM's own images what they were.")] = False,
+    discard_unprotected: Annotated[
+        bool, Parameter(negative="", help="In place: give up writes of an image that no history has.")
+    ] = False,
     disk: Annotated[list[str] | None, Parameter(negative="", help="Only this disk (may be repeated).")] = None,
     branch: Annotated[
         str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
@@ -40,6 +43,8 @@ def restore(
     """Restore a VM's disks, all at one moment, to files or in place."""
     if (output is None) == (not in_place):
         raise UsageError("say where to restore to", "give either --output DIR or --in-place")
+    if discard_unprotected and not in_place:
+        raise UsageError("--discard-unprotected is for --in-place", "leave it out: --output touches no image of the VM")
     handle = open_vm(vm)
     if in_place and running(handle.paths):
         raise VmStateError(f"{handle.name} is running", "stop it first, or restore to files with --output DIR")
@@ -60,7 +65,9 @@ def restore(
                 restored = restore_to_files(history, targets, position, output, update)
             else:
                 images = _images(handle, history, position, targets)
-                restored = restore_in_place(history, images, position, handle.journal, update)
+                restored = restore_in_place(
+                    history, images, position, handle.journal, update, discard_unprotected=discard_unprotected
+                )
     _tell(restored, json=json)
 
 

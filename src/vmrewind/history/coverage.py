@@ -74,8 +74,8 @@ class Known(Protocol):
     def goes_on(self, run: int) -> bool:
         """Whether nothing can have happened behind the last known record of a run: it ended, or its journal is here."""
 
-    def undeclared_gap(self, run: int) -> tuple[int, str] | None:
-        """Since when (ns), and why, the journal of a run takes no records, not even of that; None if it takes them."""
+    def undeclared_gap(self, run: int, seq: int, target: str) -> tuple[int, str] | None:
+        """Since when (ns), and why, what happened to a disk behind record ``seq``, where a run ends, is not in the journal."""
 
     def nothing_lost(self, info: RunInfo) -> str | None:
         """Why a run of which no record is known may have had some nonetheless, None if it cannot."""
@@ -186,9 +186,9 @@ class _Walk:
         elif leg.cut is None:
             if records.tail_damage is not None:
                 self._open = (last_ns + 1, records.tail_damage)
-            elif (gap := self._known.undeclared_gap(run)) is not None:
+            elif (gap := self._known.undeclared_gap(run, records.last_known or last, self._target)) is not None:
                 until_ns = max(last_ns, gap[0] - 1)
-                self._open = (until_ns + 1, f"the journal takes no records: {gap[1]}")
+                self._open = (until_ns + 1, gap[1])
             elif self._known.goes_on(run):
                 until_ns = None
         else:
@@ -199,17 +199,25 @@ class _Walk:
     def _until_next(self, i: int, leg: Leg, index: int, last_ns: int) -> int | None:
         """How long the state after a leg's last record lasts: until the next leg, a rewind, or an unknown change."""
         records = self._known.records(leg.info.run)
+        is_last = i + 1 == len(self._branch.legs)
+        gap = self._known.undeclared_gap(leg.info.run, leg.cut or 0, self._target) if is_last else None
         if (abandoned_ns := records.first_time(index, (leg.cut or 0) + 1)) is not None:
             cause = f"the VM was taken back to record {leg.cut}; what it did before that is on branch {run_name(leg.info.run)}"
-            if i + 1 < len(self._branch.legs):
+            if not is_last:
                 self._open = (abandoned_ns, cause)
+            elif gap is not None:
+                self._open = (abandoned_ns, gap[1])
             else:
                 # The VM has not run since: its latest moment is the one that it was taken back to.
                 row = records.row_at(index, records.last(index) or 0)
                 until_ns = int(row["time_ns"]) + 1 if row is not None else abandoned_ns + 1
                 self._gaps.append(Gap(abandoned_ns, until_ns, cause))
             return abandoned_ns - 1
-        if i + 1 == len(self._branch.legs):
+        if gap is not None:
+            until_ns = max(last_ns, gap[0] - 1)
+            self._open = (until_ns + 1, gap[1])
+            return until_ns
+        if is_last:
             return None
         following = self._branch.legs[i + 1].info
         if (discontinuity := following.gaps.get(self._target)) is not None:

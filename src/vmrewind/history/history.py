@@ -18,6 +18,7 @@ from vmrewind.history.branch import Branch, branch_of, choose_run, merge_runs
 from vmrewind.history.coverage import Coverage, cover
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, object_cache, open_journal
+from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Head, RunInfo, described_runs, local_runs, read_head
@@ -58,6 +59,8 @@ class History:
         """Runs that began here and whose description is nowhere to be had."""
         self.undeclared: tuple[int, int, str] | None = None
         """A gap that the journal does not tell of: (run, since when in ns, cause)."""
+        self.unrecorded: Mapping[str, str] = {}
+        """Disks whose images have gone on from what the head says, without a record, and why that is known."""
         self._bases = bases
         self._described_here = described_here
         self._local = local
@@ -108,6 +111,11 @@ class History:
             here_runs = {info.run for info in here}
             made = cls(name, runs, local, broken, shipped, head, repository, bases, problem, opened_ns, here_runs)
             made.damaged = damaged
+            if head is not None and journal is not None:
+                made.unrecorded = unrecorded(head, [disk.target for info in here for disk in info.disks])
+                # A run that began meanwhile removed the head before it touched an image.
+                if made.unrecorded and read_head(journal, lambda _: None) != head:
+                    made.unrecorded = {}
             made.lost = sorted(set(described) - runs.keys())
             return made
         except BaseException:
@@ -190,9 +198,14 @@ class History:
             return True
         return records.last_known is not None and self._is_stop(records, records.last_known)
 
-    def undeclared_gap(self, run: int) -> tuple[int, str] | None:
-        """Since when, and why, the journal of a run that goes on takes no records; None if it takes them."""
-        return self.undeclared[1:] if self.undeclared is not None and self.undeclared[0] == run else None
+    def undeclared_gap(self, run: int, seq: int, target: str) -> tuple[int, str] | None:
+        """Since when, and why, what happened to a disk behind record ``seq``, where a run ends, is not in the journal."""
+        if self.undeclared is not None and self.undeclared[0] == run:
+            return self.undeclared[1], f"the journal takes no records: {self.undeclared[2]}"
+        head = self.head
+        if head is not None and target in self.unrecorded and head.position.run == run and head.position.seq >= seq:
+            return head.position.time_ns + 1, self.unrecorded[target]
+        return None
 
     def nothing_lost(self, info: RunInfo) -> str | None:
         """Why a run of which no record is known may have had some nonetheless, None if it cannot.

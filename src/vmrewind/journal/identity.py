@@ -36,6 +36,29 @@ def image_identity(fd: int, path: str | Path) -> ImageIdentity:
     return ImageIdentity(real, status.st_size, status.st_mtime_ns, status.st_ino, 0)
 
 
+def changed_since(left: ImageIdentity) -> bool:
+    """Whether the image is known to have been touched since it was ``left`` so. What cannot be told, or is not there, is not."""
+    try:
+        fd = os.open(left.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return known_other(left, image_identity(fd, left.path))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def known_other(left: ImageIdentity, now: ImageIdentity) -> bool:
+    """Whether two identities tell of different content: not by a path alone, nor by a device that was attached anew since."""
+    if left.device or now.device:
+        attached = [identity.writes.rpartition(":")[0].rpartition(":")[0] for identity in (left, now)]
+        same = left.device == now.device and attached[0] == attached[1] != ""
+        return same and left.writes != now.writes
+    return (left.size, left.mtime_ns, left.inode) != (now.size, now.mtime_ns, now.inode)
+
+
 def _writes(device: int) -> str:
     """Boot, attachment and count of a block device's writes; empty if the kernel does not tell."""
     place = _DEVICES / f"{os.major(device)}:{os.minor(device)}"

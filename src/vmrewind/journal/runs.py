@@ -137,7 +137,7 @@ class Head:
     position: Position
     images: Mapping[str, ImageIdentity]
     gap: str | None = None
-    """The cause of a gap that was open when the run ended; ``images`` is empty then."""
+    """The cause of a gap that begins with the moment, and goes on: what the images hold now is not known; ``images`` is empty."""
 
     def to_json(self) -> bytes:
         """The file's content."""

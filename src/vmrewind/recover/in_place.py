@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmrewind.capture.image import Image
-from vmrewind.capture.recovery import recover
+from vmrewind.capture.recovery import Recovered, recover
 from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmrewindError, VmStateError
 from vmrewind.history.history import History
+from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
 from vmrewind.journal.format import run_name
-from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, sync_directory, write_durably
+from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
 from vmrewind.recover.blocks import differing_runs
 from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
 
@@ -44,12 +45,19 @@ def pending(journal: Path) -> tuple[Position, list[str]] | None:
 
 
 def restore_in_place(
-    history: History, images: Mapping[str, Path], position: Position, journal: Path, progress: Progress
+    history: History,
+    images: Mapping[str, Path],
+    position: Position,
+    journal: Path,
+    progress: Progress,
+    *,
+    discard_unprotected: bool = False,
 ) -> Restored:
     """Make the images (by target) what they were at a position; only blocks that differ are written.
 
     The VM must be stopped. Raises VmStateError if a capture lives, or if an interrupted restore concerned other disks as
-    well; ImageError if an image is in use or of another size; SpaceError; and what the views raise, before anything is changed.
+    well; ImageError if an image is in use, of another size, or holds what no history has, unless ``discard_unprotected`` is
+    given; SpaceError; and what the views raise, before anything is changed.
     """
     with _stopped(journal), ExitStack() as opened:
         begun = pending(journal)
@@ -60,6 +68,8 @@ def restore_in_place(
             )
         if begun is None:
             _recover(journal, list(images))
+            if not discard_unprotected:
+                _refuse_unrecorded(history.name, journal, images)
         jobs = []
         for target, path in images.items():
             view = View.open(history, target, position)
@@ -90,12 +100,39 @@ def restore_in_place(
 def _recover(journal: Path, targets: Sequence[str]) -> None:
     """Finish a run that a crash cut short: disks that are not restored keep every write that was promised to their guest."""
     try:
-        recover(journal)
+        recovered = recover(journal)
+        if recovered is not None and (cause := _unprotected_since(journal, recovered)) is not None:
+            # Noted where it lasts: recovering again would find the images as it left them itself.
+            write_durably(journal / "head.json", Head(recovered.position, {}, cause).to_json())
     except VmrewindError:
         runs = local_runs(journal)
         if not runs or any(disk.target not in targets for disk in runs[-1].disks):
             raise
         # Every disk is about to be made another one: what cannot be recovered is not needed.
+
+
+def _unprotected_since(journal: Path, recovered: Recovered) -> str | None:
+    """Why the images hold what the journal never had, None if nothing tells so."""
+    for info in local_runs(journal):
+        # It was declared when protection was lost, and no capture has begun it since.
+        if info.run > recovered.position.run and info.gaps:
+            return next(iter(info.gaps.values())).cause
+    return "the image was used without vmrewind after the last run died" if recovered.changed else None
+
+
+def _refuse_unrecorded(name: str, journal: Path, images: Mapping[str, Path]) -> None:
+    """Raise ImageError if an image holds writes that no history has: restoring would destroy the only copy."""
+    head = read_head(journal, lambda _: None)
+    if head is None:
+        return
+    found = unrecorded(head, images)
+    for target, path in images.items():
+        if target in found:
+            raise ImageError(
+                f"{path}: holds writes that no history has: {found[target]}",
+                f"start {name} protected once, which puts them into its history; restore to files with --output DIR; "
+                "or give them up with --discard-unprotected",
+            )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
-from vmrewind.start.images import make_whole, may_start_unprotected
+from vmrewind.start.images import declare_unprotected, make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper
 from vmrewind.start.places import make_places
 from vmrewind.start.qemu import Qemu
@@ -33,8 +33,14 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         config = _load(path)
         say(f"{config.name}: protection is off (protection.enabled = false)")
         journal = config.protection.journal
-        make_whole(config.name, Path(journal) if journal else VmPaths(config.name).default_journal, say)
-        return await _unprotected(config, say)
+        directory = Path(journal) if journal else VmPaths(config.name).default_journal
+        reached = make_whole(config.name, directory, say)
+        cause = "the VM ran with protection switched off (protection.enabled = false)"
+
+        def declare(_: int) -> None:
+            declare_unprotected(config.name, directory, reached, cause, say)
+
+        return await _unprotected(config, say, declare)
     storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
     keeper = Keeper(storage, "direct")
     stop = asyncio.Event()
@@ -53,13 +59,20 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
         config = _load(path)
         if not may_start_unprotected(config, error):
             raise
-        make_whole(config.name, storage.journal, say)
+        reached = make_whole(config.name, storage.journal, say)
         say(f"{config.name}: NOT PROTECTED: {error}")
         say(f'{config.name}: starting it all the same, because on_failure = "start-unprotected"')
         keeper.events.write("start.unprotected", error=str(error))
         keeper.note_unprotected(str(error))
+        why = f'the VM was started unprotected (on_failure = "start-unprotected"): {error}'
+
+        def begin(pid: int) -> None:
+            # Known to every command before the guest runs: should this process be killed, QEMU goes on writing.
+            keeper.qemu_started(pid)
+            declare_unprotected(config.name, storage.journal, reached, why, say)
+
         try:
-            return await _unprotected(config, say, stop)
+            return await _unprotected(config, say, begin, stop)
         finally:
             keeper.paths.keeper.unlink(missing_ok=True)
     except asyncio.CancelledError:
@@ -121,14 +134,22 @@ async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, VmConfig]) -> Vm
     return await task
 
 
-async def _unprotected(config: VmConfig, say: Callable[[str], None], stop: asyncio.Event | None = None) -> int:
+async def _unprotected(
+    config: VmConfig, say: Callable[[str], None], begin: Callable[[int], None], stop: asyncio.Event | None = None
+) -> int:
+    """Run QEMU on the images themselves; ``begin`` is told its pid before the CPU runs."""
     if stop is None:
         stop = asyncio.Event()
         _watch_signals(stop)
     paths = VmPaths(config.name)
     make_places(paths)
     qemu = await Qemu.start(config, None, paths.runtime / "monitor.sock")
-    await qemu.start_cpu()
+    try:
+        begin(qemu.pid)
+        await qemu.start_cpu()
+    except BaseException:
+        await qemu.quit()
+        raise
     return await _watch(qemu, config, stop, say)
 
 

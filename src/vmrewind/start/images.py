@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vmrewind.capture.recovery import recover
+from vmrewind.capture.recovery import find_end, recover
 from vmrewind.errors import ImageError, VmrewindError, VmStateError
-from vmrewind.journal.runs import RESTORE_PENDING
+from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
 from vmrewind.vmconfig.model import VmConfig
 
 
@@ -29,11 +29,35 @@ def may_start_unprotected(config: VmConfig, error: VmrewindError) -> bool:
     return config.protection.on_failure == "start-unprotected" and not isinstance(error, VmStateError | ImageError)
 
 
-def make_whole(name: str, journal: Path, say: Callable[[str], None]) -> None:
-    """Bring the images to the end of a journal that a crash left, so that they are whole without vmrewind.
+def make_whole(name: str, journal: Path, say: Callable[[str], None]) -> Position | None:
+    """Bring the images to the end of a journal that a crash left, so that they are whole without vmrewind; returns that end.
 
     Raises VmStateError for half-restored images, and what recovery raises: images that lack what the guest was promised must not
     be started, protected or not.
     """
     refuse_half_restored(name, journal)
-    recover(journal, say)
+    recovered = recover(journal, say)
+    return recovered.position if recovered is not None else None
+
+
+def known_end(journal: Path, runs: Sequence[RunInfo]) -> Position | None:
+    """The end of the newest of ``runs`` that the journal has readable records of; what the images hold beyond is not known."""
+    for info in reversed(runs):
+        if (end := find_end(journal, info.run, verify_after=1 << 64)) is not None:
+            return Position(info.run, end.next_seq - 1, end.last_time_ns)
+    return None
+
+
+def declare_unprotected(name: str, journal: Path, recovered: Position | None, cause: str, say: Callable[[str], None]) -> None:
+    """Declare, durably, that from the last record on nothing is known of the images; before an unprotected guest's first write.
+
+    ``recovered`` is what ``make_whole`` returned. A gap that is declared already stays. A journal that takes
+    no words costs just the declaration: the VM shall start, and the images' own identities tell of what was written then.
+    """
+    try:
+        head = read_head(journal, lambda _: None)
+        position = head.position if head is not None else recovered or known_end(journal, local_runs(journal, lambda _: None))
+        if position is not None and (head is None or head.gap is None):
+            write_durably(journal / "head.json", Head(position, {}, cause).to_json())
+    except (OSError, VmrewindError) as error:
+        say(f"{name}: its journal cannot note that history has a gap from now on: {error}")

@@ -23,7 +23,7 @@ from vmrewind.errors import ConfigError, StartError, VmrewindError
 from vmrewind.paths import VmPaths
 from vmrewind.start.children import listen
 from vmrewind.start.environment import guard_files
-from vmrewind.start.images import make_whole, may_start_unprotected
+from vmrewind.start.images import declare_unprotected, make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper
 from vmrewind.start.leftovers import connected
 from vmrewind.start.libvirt import Libvirt, qemu_owner
@@ -103,8 +103,15 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
         config = load()
         if not may_start_unprotected(config, error):
             raise
-        make_whole(config.name, storage.journal, _log)
-        await _serve_unprotected(keeper, config, error, tell_ready, stop)
+        reached = make_whole(config.name, storage.journal, _log)
+
+        why = f'the VM was started unprotected (on_failure = "start-unprotected"): {error}'
+
+        def declare_and_tell() -> None:
+            declare_unprotected(config.name, storage.journal, reached, why, _log)
+            tell_ready()
+
+        await _serve_unprotected(keeper, config, error, declare_and_tell, stop)
         return
     resumer = Resumer(domain, keeper)
     keeper.after_restart = resumer.capture_is_back

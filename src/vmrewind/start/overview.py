@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vmrewind.errors import CorruptionError, VmrewindError
+from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
@@ -57,9 +58,12 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         roles = (role for role in ROLES if role != "server" or keeping.server is not None)
         result["processes"] = {role: _process(getattr(keeping, role), role, problems) for role in roles}
         if not keeping.protected:
+            # Only a keeper that brought capture up, and lives, takes the instruction to bring another one up.
+            mendable = keeping.keeper.alive and handle.paths.keeper_socket.exists()
+            way_out = f"`vmrewind restart-capture {handle.name}`" if mendable else "stop the VM and start it again"
             problems.append(
                 f'the VM runs WITHOUT PROTECTION (on_failure = "start-unprotected"): {keeping.trouble}; '
-                f"see `vmrewind events {handle.name}`, mend it, then `vmrewind restart-capture {handle.name}`"
+                f"see `vmrewind events {handle.name}`, mend it, then {way_out}"
             )
             return result
         if keeping.trouble:
@@ -84,7 +88,11 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             )
         if result.get("capture", {}).get("journal_full"):
             problems.append("the journal is full and the guest's writes are held until it has room")
-    elif runs and head is None:
+    elif head is not None:
+        since = datetime.fromtimestamp(head.position.time_ns / 1e9).astimezone().isoformat(timespec="seconds")
+        for target, cause in unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else ()).items():
+            problems.append(f"{target}: history has a gap since {since}, until the next protected start resyncs it: {cause}")
+    elif runs:
         problems.append("the last run did not end cleanly: the next start finishes its journal and makes a new base")
     if (handle.journal / RESTORE_PENDING).exists():
         problems.append("a restore in place was interrupted: run it again to complete it")

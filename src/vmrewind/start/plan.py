@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrewind.capture.image import Image
-from vmrewind.capture.recovery import find_end, recover
+from vmrewind.capture.recovery import recover
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, MomentError, RepositoryError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
@@ -39,7 +39,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
-from vmrewind.start.images import refuse_half_restored
+from vmrewind.start.images import known_end, refuse_half_restored
 from vmrewind.vmconfig.model import VmConfig
 
 
@@ -203,9 +203,8 @@ class Planner:
             )  # fmt: skip
             return Past(runs, recovered.position, None, cause, recovered.changed)
         cause = "the last run did not end cleanly"
-        for info in reversed(runs):
-            if (end := find_end(self.journal, info.run, verify_after=1 << 64)) is not None:
-                return Past(runs, Position(info.run, end.next_seq - 1, end.last_time_ns), None, cause)
+        if (position := known_end(self.journal, runs)) is not None:
+            return Past(runs, position, None, cause)
         if self.repository is not None and (shipped := self.repository.runs()):
             return Past(shipped, self._last_shipped(), None, "the local journal is gone")
         return Past([], None, None)
@@ -273,7 +272,7 @@ class Planner:
         if past.head is None:
             return past.gap_cause
         if past.head.gap is not None:
-            return f"the journal took no more until the last run's end: {past.head.gap}"
+            return past.head.gap
         left = past.head.images.get(image.target)
         if left is not None and left.device and left.writes.split(":")[0] != boot_id().hex():
             return "the host was booted since: whether anybody wrote to the device meanwhile is not known"

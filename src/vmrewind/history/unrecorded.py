@@ -1,0 +1,17 @@
+"""Images that have gone on without a record since the last run ended: declared so in the head, or seen by their identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vmrewind.journal.identity import changed_since
+from vmrewind.journal.runs import Head
+
+CHANGED = "the image is not as the last run left it: it was used without vmrewind since"
+
+
+def unrecorded(head: Head, targets: Iterable[str]) -> dict[str, str]:
+    """The disks, of ``targets``, that hold what no history has, and why that is known. Best asked while no capture lives."""
+    if head.gap is not None:
+        return dict.fromkeys(targets, head.gap)
+    return {target: CHANGED for target, left in head.images.items() if changed_since(left)}
