@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.capture_tools import MIB, Capture, Client, compose, first_difference, journal_entries, until
+from tests.capture_tools import MIB, RUN, Capture, Client, DiskOf, compose, first_difference, journal_entries, until
 from tests.faults.test_capture_bypass import SIZE, capture_of
 from tests.faults_tools import failing
 from vmrewind.capture.policy import RUN_DONE
@@ -122,3 +122,16 @@ def test_reserved_space_that_somebody_deleted_is_had_anew(tmp_path: Path, policy
         assert capture.instruct(command="status").get("bypass") is None
         assert differs(capture) is None
         assert not capture.events("journal.full")
+
+
+def test_a_run_that_ended_within_a_bypass_does_not_make_the_next_one_bypass(tmp_path: Path) -> None:
+    with capture_of(tmp_path) as capture:
+        filled(capture, 100)
+        assert capture.stop() == 0
+    images = [disk.image for disk in capture.disks]
+    disks = [DiskOf("vda", images[0]), DiskOf("vdb", images[1])]
+    with Capture(tmp_path, disks, journal_size=8 * MIB, full="bypass", run=RUN + 1) as following:
+        assert following.instruct(command="status")["bypass"] is None
+        assert not following.events("bypass.map-lost")
+        kinds = [entry.record.flags for entry in journal_entries(following.journal, RUN + 1) if entry.record.op == fmt.Op.EVENT]
+        assert kinds[:1] == [fmt.Event.START]

@@ -166,11 +166,12 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
     if policy.name == "bypass":
         dirty = DirtyMap(Path(assignment["dirty_map"]), run, {image.index: image.size for image in images})
     server = Server(journal, pool, writer, state, clock, images, events, policy, dirty)
-    for disk in server.disks.values():
-        disk.doubtful = end is not None and (state.is_doubtful(disk.index) or disk.index in used)
-        if disk.index in used:
-            events.write("image.used", disk=disk.target, image=disk.image.path)
-    server.note_doubts()
+    if end is not None:
+        for disk in server.disks.values():
+            disk.doubtful = state.is_doubtful(disk.index) or disk.index in used
+            if disk.index in used:
+                events.write("image.used", disk=disk.target, image=disk.image.path)
+        server.note_doubts()
     if lost:
         # Whatever is at that place now, it is not this run's journal: nothing is added to it.
         writer.abandon()

@@ -35,9 +35,10 @@ class Bypass:
         self._server = server
         self._map = dirty
         self._rest_until = 0.0
-        if dirty is not None and server.state.bypassed and dirty.phase is Phase.NONE:
+        resumed = server.state.run == server.writer.run
+        if dirty is not None and resumed and server.state.bypassed and dirty.phase is Phase.NONE:
             # Nobody knows any more what was bypassed: all of it, then.
-            dirty.begin(_MAP_LOST, server.writer.last_time_ns or time.time_ns())
+            dirty.begin(_MAP_LOST, server.writer.last_time_ns)
             for disk in server.disks.values():
                 dirty.mark(disk.index, 0, disk.size)
             server.events.write("bypass.map-lost", dirty_bytes=dirty.dirty_bytes)
