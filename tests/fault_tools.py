@@ -1,16 +1,19 @@
-"""A capture whose journal's storage fails: calls on files of its directory return an error for as long as a test wants that."""
+"""What fault tests share: a capture whose journal's storage fails for as long as a test wants that, a living process whose system
+calls fail, small file systems."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.capture_tools import Capture
+from tests.capture_tools import Capture, until
 
 # The calls by which a journal is written, each failing where the file lies in the directory that the first argument names, while
 # the file of the second argument holds an errno. For ENOSPC what is only synced does not fail.
@@ -99,3 +102,37 @@ def on_disk(directory: Path, path: str) -> bytes:
 
 def is_root() -> bool:
     return os.geteuid() == 0
+
+
+@contextmanager
+def failing(pid: int, calls: Sequence[str], error: str = "EIO", *, path: Path | None = None, when: str = "1+") -> Iterator[None]:
+    """While this lasts, ``calls`` of a process (on ``path`` only, if given) fail without being carried out.
+
+    ``when`` is strace's: which of them, counted per thread.
+    """
+    names = ",".join(calls)
+    only = ["-P", str(path)] if path is not None else []
+    with tempfile.TemporaryFile("w+") as said:
+        strace = subprocess.Popen(
+            ["strace", "-f", "-o", "/dev/null", "-p", str(pid), *only, "-e", f"inject={names}:error={error}:when={when}"],
+            stderr=said,
+            text=True,
+        )
+
+        def attached() -> bool:
+            said.seek(0)
+            text = said.read()
+            assert strace.poll() is None, text
+            return "attached" in text
+
+        try:
+            until(attached, "strace to attach")
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)
+            try:
+                strace.wait(3)
+            except subprocess.TimeoutExpired:
+                # Told to let go of a process that just ends, it may wait for it for ever; without it the end goes on.
+                strace.kill()
+                strace.wait()

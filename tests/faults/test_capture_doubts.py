@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.capture_tools import MIB, RUN, Capture, Client, DiskOf, compose, first_difference, journal_entries, until
+from tests.fault_tools import failing
 from tests.faults.test_capture_bypass import SIZE, capture_of
-from tests.faults_tools import failing
 from vmrewind.capture.policy import RUN_DONE
 from vmrewind.journal import format as fmt
 from vmrewind.nbd import protocol as nbd

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.capture_tools import MIB, Capture, Client, DiskOf, compose, first_difference, journal_entries, raw_image, until
-from tests.faults_tools import failing
+from tests.fault_tools import failing
 from vmrewind.capture.recovery import recover
 from vmrewind.errors import ImageError
 from vmrewind.journal.identity import image_identity
