@@ -20,7 +20,7 @@ import pytest
 from tests.odd_s3 import OddS3, answers, hangs
 from vmrewind.errors import RepositoryError, SpaceError
 from vmrewind.repository import objectstore
-from vmrewind.repository.complaints import translated
+from vmrewind.repository.complaints import range_is_beyond_end, translated
 from vmrewind.repository.objectstore import Patience
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
@@ -187,6 +187,12 @@ def test_what_a_store_says_is_passed_on(odd: OddS3, status: int, code: str, kind
         assert words in str(caught.value)
         assert caught.value.hint
         assert "the-secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_range_beyond_the_end_is_told_by_the_status_and_not_by_a_number_in_the_text() -> None:
+    said = "Error performing GET http://127.0.0.1:41655/bucket/k in 4.16ms - Server returned non-2xx status code: "
+    assert not range_is_beyond_end(RuntimeError(said + "400 Bad Request: <Error/>"))
+    assert range_is_beyond_end(RuntimeError(said + "416 Range Not Satisfiable: <Error/>"))
 
 
 def test_a_store_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

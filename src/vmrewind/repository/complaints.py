@@ -40,7 +40,8 @@ def bucket_is_missing(error: Exception) -> bool:
 def range_is_beyond_end(error: Exception) -> bool:
     """Whether the store may mean that the range begins at or behind the object's end."""
     text = str(error)
-    return "416" in text or "Wanted range" in text
+    status = _STATUS.search(text)  # and not any 416 in the text: it tells the store's port and how long it took, too
+    return (status is not None and status[1].startswith("416")) or "Wanted range" in text
 
 
 def translated(error: Exception, url: str, key: str, action: str) -> VmrewindError:
