@@ -108,6 +108,7 @@ def test_everything_killed_at_once(tmp_path: Path) -> None:
         wait_for_resync(vm)
         vm.wait_for("^ACK")
         vm.quit()
+    assert list(vm.journal.glob("runs/*-0.closed")), "the next start would make a base once the record of the gap's end is recycled"
     refused = vmrewind("restore", vm.config, "--at", crashed, "--output", tmp_path / "no", check=False)
     assert refused.returncode == 6
     restore(vm, "latest", tmp_path / "end")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.history_tools import MadeHistory
-from vmrewind.journal.runs import Position
+from vmrewind.journal import format as fmt
+from vmrewind.journal.closed_gaps import note_gap_closed
+from vmrewind.journal.runs import Discontinuity, Position
 from vmrewind.start.continuity import goes_on
 
 
@@ -52,3 +56,23 @@ def test_a_hole_between_segments_ends_it(tmp_path: Path) -> None:
     assert goes(made, end)
     made.segment_paths()[1].unlink()
     assert not goes(made, end)
+
+
+@pytest.mark.parametrize(
+    ("closed_by", "goes_on_then"), [("nobody", False), ("record", True), ("note", True), ("note of a lost record", False)]
+)
+def test_a_gap_that_was_closed_is_none_though_the_record_that_says_so_is_recycled(
+    tmp_path: Path, closed_by: str, goes_on_then: bool
+) -> None:
+    made = MadeHistory(tmp_path, {"vda": 65536})
+    made.start()
+    made.write("vda", 0, b"first run")
+    first_end = made.stop()
+    run = made.start(parent=first_end, gaps={"vda": Discontinuity("somebody wrote to it", first_end.time_ns)})
+    assert made.writer is not None
+    if closed_by == "record":
+        made.writer.event(fmt.Event.GAP_END, {"resynced": "vda"}, 0)
+    end = made.stop()
+    if closed_by.startswith("note"):
+        note_gap_closed(made.journal, run, 0, end.seq + (1 if "lost" in closed_by else 0))
+    assert goes(made, end) is goes_on_then

@@ -21,6 +21,7 @@ from typing import Final
 from vmrewind.errors import ImageError, SpaceError, VmrewindError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.history.view import View
+from vmrewind.journal.closed_gaps import note_gap_closed
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import DiskInfo, RunInfo
@@ -55,7 +56,7 @@ def main() -> int:
         with History.open(given.vm, given.journal, repository, bases=paths.bases) as history:
             info = history.runs[int(given.run, 16)]
             for target in given.disks:
-                resync(history, info, target, paths, events, given.bytes_max)
+                resync(history, info, target, given.journal, paths, events, given.bytes_max)
     except VmrewindError as error:
         events.write("resync.failed", error=str(error), hint=error.hint)
         sys.stderr.write(f"resync: {given.vm}: {error}\n")
@@ -63,7 +64,7 @@ def main() -> int:
     return 0
 
 
-def resync(history: History, info: RunInfo, target: str, paths: VmPaths, events: EventLog, bytes_max: int) -> None:
+def resync(history: History, info: RunInfo, target: str, journal: Path, paths: VmPaths, events: EventLog, bytes_max: int) -> None:
     """Resync one disk of a running VM. Raises what keeps its history at its parent's end from being read, and SpaceError if
     more than ``bytes_max`` bytes differ: then it is another disk, and a base is what it needs."""
     disk = info.disk(target)
@@ -86,6 +87,7 @@ def resync(history: History, info: RunInfo, target: str, paths: VmPaths, events:
             _ask(paths, run=run_name(info.run), disk=target, ranges=pending)
             pending = []
     answer_seq = _ask(paths, run=run_name(info.run), disk=target, ranges=pending, close=True)
+    note_gap_closed(journal, info.run, disk.index, answer_seq)
     seconds = round(time.monotonic() - began, 3)
     events.write("resync.done", disk=target, bytes_journaled=journaled, seq=answer_seq, seconds=seconds)
 

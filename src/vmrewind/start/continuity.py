@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal import format as fmt
+from vmrewind.journal.closed_gaps import gap_noted_closed
 from vmrewind.journal.reader import Segment, records, segment_files
 from vmrewind.journal.runs import Position, RunInfo
 from vmrewind.repository.layout import SegmentName
@@ -37,7 +38,7 @@ def goes_on(
         base = info.bases.get(target)
         if base is not None:
             return repository is None or base in repository.bases(target)
-        if target in info.gaps and not gap_closed(journal, run, disk.index):
+        if target in info.gaps and not gap_closed(journal, run, disk.index, last):
             return False
         if info.parent is None:
             return False
@@ -72,8 +73,10 @@ def _covers(ranges: list[Range], first: int, last: int) -> bool:
     return first > last
 
 
-def gap_closed(journal: Path, run: int, disk: int) -> bool:
-    """Whether a resync came to its end in a run, as far as its local segments tell."""
+def gap_closed(journal: Path, run: int, disk: int, last: int) -> bool:
+    """Whether a resync came to its end in a run whose records are known up to ``last``, as far as is known here."""
+    if gap_noted_closed(journal, run, disk, last):
+        return True
     for file in segment_files(journal, run):
         try:
             with Segment(file.path) as segment:

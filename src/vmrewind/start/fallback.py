@@ -96,7 +96,7 @@ def _behind(journal: Path, info: RunInfo, end: Position) -> RunInfo:
     resync can compare the images only with one that is.
     """
     open_gaps = all(
-        disk.target in info.gaps and disk.target not in info.bases and not gap_closed(journal, info.run, disk.index)
+        disk.target in info.gaps and disk.target not in info.bases and not gap_closed(journal, info.run, disk.index, end.seq)
         for disk in info.disks
     )
     parent = info.parent if open_gaps and info.parent is not None else end
