@@ -97,6 +97,13 @@ class LibvirtError(VmrewindError):
     kind = "libvirt"
 
 
+class SupersededError(VmrewindError):
+    """Another host has taken the VM over, so what is here is not its newest state any more."""
+
+    exit_code = 12
+    kind = "superseded"
+
+
 def by_kind(kind: str, message: str, hint: str = "") -> VmrewindError:
     """The error of class ``kind``, rebuilt in another process from its JSON form."""
     for cls in VmrewindError.__subclasses__():

@@ -21,11 +21,11 @@ from vmrewind.recover.in_place import pending, restore_in_place
 from vmrewind.recover.restore import Restored
 from vmrewind.recover.restore import restore as restore_to_files
 from vmrewind.start.processes import running
-from vmrewind.start.resolve import VmHandle, open_vm
+from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
 
 
 def restore(
-    vm: Annotated[str, Parameter(help="The VM: its TOML file, or its name.")],
+    vm: Annotated[str, Parameter(help=VM_HELP)],
     /,
     *,
     at: Annotated[str | None, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}.")] = None,
@@ -45,30 +45,46 @@ def restore(
         raise UsageError("say where to restore to", "give either --output DIR or --in-place")
     if discard_unprotected and not in_place:
         raise UsageError("--discard-unprotected is for --in-place", "leave it out: --output touches no image of the VM")
-    handle = open_vm(vm)
-    if in_place and running(handle.paths):
-        raise VmStateError(f"{handle.name} is running", "stop it first, or restore to files with --output DIR")
-    with handle.history() as history:
+    found = open_any(vm)
+    own = _on_this_host(found) if in_place else None
+    with found.history() as history:
         if history.problem is not None:
             print(f"the repository is left out: {history.problem}", file=sys.stderr)
         chosen = history.branch(branch)
-        targets = _chosen_disks(handle.name, disk, chosen.targets)
-        position = _position(handle, history, at, branch, targets, in_place=in_place)
+        targets = _chosen_disks(found.name, disk, chosen.targets)
+        begun = pending(own.journal) if own is not None else None
+        if at is not None:
+            position = resolve(history, chosen, at, targets)
+        elif begun is not None:
+            position = begun[0]
+        else:
+            raise UsageError("--at is missing", f"give the moment to restore to: {FORMS}")
         if not json:
             print(
-                f"{handle.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}): "
+                f"{found.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}): "
                 f"restoring {', '.join(targets)}",
                 flush=True,
             )
         with byte_progress(quiet=json) as update:
-            if output is not None:
-                restored = restore_to_files(history, targets, position, output, update)
+            if own is not None:
+                images = _images(own, history, position, targets)
+                restored = restore_in_place(history, images, position, own.journal, update, discard_unprotected=discard_unprotected)
             else:
-                images = _images(handle, history, position, targets)
-                restored = restore_in_place(
-                    history, images, position, handle.journal, update, discard_unprotected=discard_unprotected
-                )
+                assert output is not None, "one of the two is given"
+                restored = restore_to_files(history, targets, position, output, update)
     _tell(restored, json=json)
+
+
+def _on_this_host(found: VmHandle | StoredVm) -> VmHandle:
+    """The stopped VM whose own images are to be restored."""
+    if isinstance(found, StoredVm):
+        raise UsageError(
+            f"{found.url}/{found.name}: the images of a VM in a repository are not here, so they cannot be restored in place",
+            "use --output DIR; `vmrewind takeover` brings the VM up on this host",
+        )
+    if running(found.paths):
+        raise VmStateError(f"{found.name} is running", "stop it first, or restore to files with --output DIR")
+    return found
 
 
 def _chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
@@ -76,17 +92,6 @@ def _chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list
         if target not in known:
             raise UsageError(f"{name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
     return [target for target in known if wanted is None or target in wanted]
-
-
-def _position(
-    handle: VmHandle, history: History, at: str | None, branch: str | None, targets: list[str], *, in_place: bool
-) -> Position:
-    if at is not None:
-        return resolve(history, history.branch(branch), at, targets)
-    begun = pending(handle.journal) if in_place else None
-    if begun is None:
-        raise UsageError("--at is missing", f"give the moment to restore to: {FORMS}")
-    return begun[0]
 
 
 def _images(handle: VmHandle, history: History, position: Position, targets: list[str]) -> dict[str, Path]:

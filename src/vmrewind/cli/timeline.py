@@ -19,7 +19,7 @@ from vmrewind.history.coverage import Coverage
 from vmrewind.history.history import History
 from vmrewind.history.moments import format_time
 from vmrewind.journal.format import Event, run_name
-from vmrewind.start.resolve import open_vm
+from vmrewind.start.resolve import VM_HELP, open_any
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _BUCKETS: Final = 60
@@ -34,7 +34,7 @@ _EVENT_WORDS: Final = {
 
 
 def timeline(
-    vm: Annotated[str, Parameter(help="The VM: its TOML file, or its name.")],
+    vm: Annotated[str, Parameter(help=VM_HELP)],
     /,
     *,
     branch: Annotated[
@@ -43,7 +43,7 @@ def timeline(
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what can be restored, when the guest wrote how much, starts, stops, bookmarks, and gaps with their causes."""
-    handle = open_vm(vm)
+    handle = open_any(vm)
     with handle.history() as history:
         if history.problem is not None:
             print(f"the repository is left out: {history.problem}", file=sys.stderr)
@@ -71,6 +71,7 @@ def _as_data(
                 "run": run_name(info.run),
                 "parent": {"run": run_name(info.parent.run), "seq": info.parent.seq} if info.parent else None,
                 "host": info.host,
+                "takeover": info.takeover,
                 "start_time_ns": info.start_time_ns,
                 "first_seq": info.first_seq,
                 "on_branch": any(leg.info.run == info.run for leg in branch.legs),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vmrewind.errors import MomentError, VmStateError
@@ -59,12 +59,17 @@ def merge_runs(*sources: Iterable[RunInfo]) -> dict[int, RunInfo]:
     return dict(sorted(merged.items()))
 
 
-def choose_run(runs: Mapping[int, RunInfo], wanted: str | None) -> int:
-    """The run that a branch is chosen by: a unique prefix of its id, or the newest run; raises VmStateError, MomentError."""
+def choose_run(runs: Mapping[int, RunInfo], wanted: str | None, described_here: Container[int] = ()) -> int:
+    """The run that a branch is chosen by: a unique prefix of its id, or the newest run; raises VmStateError, MomentError.
+
+    The newest counts unless it is another host's (not in ``described_here``): one that was taken over from may have started once
+    more without knowing, so then it is the newest of those that descend from the newest takeover.
+    """
     if not runs:
         raise VmStateError("the VM has no history yet", "start it protected once")
     if wanted is None:
-        return max(runs)
+        newest = max(runs)
+        return newest if newest in described_here else max(runs, key=lambda run: (last_takeover(runs, run), run))
     # Ids begin with zeroes; nobody wants to type those.
     found = [run for run in runs if run_name(run).startswith(wanted) or run_name(run).lstrip("0").startswith(wanted)]
     if len(found) != 1:
@@ -72,6 +77,21 @@ def choose_run(runs: Mapping[int, RunInfo], wanted: str | None) -> int:
         problem = "fits several runs" if found else "fits no run"
         raise MomentError(f"branch {wanted!r} {problem}", f"runs: {known}")
     return found[0]
+
+
+def lineage(runs: Mapping[int, RunInfo], run: int) -> list[int]:
+    """A run and its parents, from it to the root, as far as they are known."""
+    line: list[int] = []
+    info = runs.get(run)
+    while info is not None and len(line) < len(runs):
+        line.append(info.run)
+        info = runs.get(info.parent.run) if info.parent is not None else None
+    return line
+
+
+def last_takeover(runs: Mapping[int, RunInfo], run: int) -> int:
+    """The newest takeover that a run is or descends from, 0 without one."""
+    return max((at for at in lineage(runs, run) if runs[at].takeover), default=0)
 
 
 def branch_of(runs: Mapping[int, RunInfo], run: int, cut: int | None = None) -> Branch:

@@ -141,7 +141,7 @@ class History:
 
         Raises VmStateError, MomentError, and CorruptionError if that of the newest run cannot be used.
 
-        The VM is on the newest run's branch, unless its images were taken back since: then on what they hold now.
+        The VM is on the newest run's branch (``choose_run``), unless its images were taken back since: then on what they hold now.
         """
         head = self.head
         if wanted is None and self.lost and self.lost[-1] > max(self.runs, default=0):
@@ -152,9 +152,11 @@ class History:
             )
         if wanted is None and head is not None and head.position.run in self.runs:
             last = self.records(head.position.run).last_known
-            if head.position.run != max(self.runs) or (last is not None and head.position.seq < last):
+            if head.position.run != choose_run(self.runs, None, self._described_here) or (
+                last is not None and head.position.seq < last
+            ):
                 return branch_of(self.runs, head.position.run, cut=head.position.seq)
-        return branch_of(self.runs, choose_run(self.runs, wanted))
+        return branch_of(self.runs, choose_run(self.runs, wanted, self._described_here))
 
     def branch_of_run(self, run: int) -> Branch:
         """The branch that ends with a run; raises MomentError for an unknown one."""

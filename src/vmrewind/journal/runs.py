@@ -94,6 +94,8 @@ class RunInfo:
     disks: tuple[DiskInfo, ...]
     bases: Mapping[str, str] = field(default_factory=dict)
     gaps: Mapping[str, Discontinuity] = field(default_factory=dict)
+    takeover: bool = False
+    """Whether the run stands for a takeover: from it on the VM belongs to the host that made it (history/succession.py)."""
 
     def disk(self, target: str) -> DiskInfo | None:
         """The disk called ``target``, None if this run had no such disk."""
@@ -105,6 +107,8 @@ class RunInfo:
         plain["gaps"] = {target: asdict(gap) for target, gap in self.gaps.items()}
         if self.parent is not None:
             plain["parent"]["run"] = run_name(self.parent.run)
+        if not self.takeover:
+            del plain["takeover"]  # what is described already must not be described in another way
         return _sealed(plain)
 
     @classmethod
@@ -123,6 +127,7 @@ class RunInfo:
                 disks=tuple(DiskInfo(**disk) for disk in plain["disks"]),
                 bases=plain["bases"],
                 gaps={target: Discontinuity(**gap) for target, gap in plain["gaps"].items()},
+                takeover=bool(plain.get("takeover", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(

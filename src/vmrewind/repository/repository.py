@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
@@ -21,6 +22,7 @@ from vmrewind.repository.sealed import seal, unseal
 from vmrewind.repository.store import AlreadyExists, NotFound, Store, get_or_corrupt, put_verified
 
 FORMAT: Final = 1
+_READERS: Final = 8
 
 T = TypeVar("T", SegmentName, ConfigName)
 
@@ -176,13 +178,18 @@ class VmRepository:
         del content["xxh3"]  # its file's own; here all of it is sealed
         self.repository.put(f"{layout.run_prefix(self.name)}{info.run:016x}.json", seal(content))
 
-    def runs(self) -> list[RunInfo]:
-        """Every run described here, oldest first."""
-        found = []
-        for key, _ in sorted(self._store.list(layout.run_prefix(self.name))):
-            content = unseal(get_or_corrupt(self._store, key), self._origin(key))
-            found.append(RunInfo.from_json(json.dumps(content).encode(), self._origin(key)))
-        return found
+    def runs(self, but: Container[str] = ()) -> list[RunInfo]:
+        """Every run described here, oldest first; ``but`` names runs that are not asked for, in the form of ``run_name``."""
+        prefix = layout.run_prefix(self.name)
+        keys = sorted(key for key, _ in self._store.list(prefix) if key.removeprefix(prefix).removesuffix(".json") not in but)
+        if len(keys) < 2:
+            return [self._read_run(key) for key in keys]
+        with ThreadPoolExecutor(_READERS, "runs") as pool:
+            return list(pool.map(self._read_run, keys))
+
+    def _read_run(self, key: str) -> RunInfo:
+        content = unseal(get_or_corrupt(self._store, key), self._origin(key))
+        return RunInfo.from_json(json.dumps(content).encode(), self._origin(key))
 
     def put_config(self, time_ns: int, suffix: str, data: bytes) -> None:
         """Keep a version of the configuration, unless it is the newest one here already."""
@@ -255,6 +262,10 @@ class VmRepository:
             return self._store.get(name.key, offset, length)
         except NotFound as error:
             raise CorruptionError(f"{self._origin(name.key)}: the object is missing") from error
+
+    def stored_bytes(self) -> int:
+        """Bytes of the VM's own objects; chunks, which VMs share, are not among them."""
+        return sum(size for _, size in self._store.list(layout.vm_prefix(self.name)))
 
     def _named(self, prefix: str, parse: Callable[[str, str], T | None]) -> list[T]:
         parsed = (parse(self.name, key) for key, _ in self._store.list(prefix))
