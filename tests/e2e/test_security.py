@@ -73,7 +73,7 @@ def test_another_user_gets_at_nothing_of_a_running_vm_and_no_secret_shows(placed
     # what it is made of matters here, not what its guest does
     serial = placed / "vm" / "serial"
     command = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-chardev", f"file,id=x,path={serial}"]
-    vmrewind("init", placed / "vm" / "repository")
+    vmrewind("init", placed / "vm" / "repository", "--encrypt")
     with ProtectedVm(placed / "vm", "web01", command, [Disk("vda", image, device="none")], journal_size="16MiB") as vm:
         vm.start()
         vmrewind("restore", vm.config, "--at", "latest", "--output", placed / "restored")

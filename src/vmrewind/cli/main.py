@@ -38,6 +38,12 @@ ship_app.command("vmrewind.cli.ship:on", name="on")
 ship_app.command("vmrewind.cli.ship:off", name="off")
 app.command(ship_app)
 
+key_app = cyclopts.App(name="key", help="The keys of an encrypted repository: who can open it.")
+key_app.command("vmrewind.cli.key:list_keys", name="list")
+key_app.command("vmrewind.cli.key:add", name="add")
+key_app.command("vmrewind.cli.key:remove", name="remove")
+app.command(key_app)
+
 journal_app = cyclopts.App(name="journal", help="Look into the local journal's files.")
 journal_app.command("vmrewind.cli.journal:dump", name="dump")
 journal_app.command("vmrewind.cli.journal:verify", name="verify")

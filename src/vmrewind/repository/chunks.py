@@ -1,7 +1,7 @@
 """Content-addressed pieces of disk images, shared by all bases of all VMs of a repository.
 
-A chunk's id is the keyed BLAKE3 of its plain bytes; the key is derived from the repository's id, so that equal ids in two
-repositories tell nothing. The object is one zstd frame.
+A chunk's id is the keyed BLAKE3 of its plain bytes, so that two repositories have different ids for the same piece. The key is
+derived from the repository's id; an encrypted repository's is secret, so that its ids tell nothing. The object is one zstd frame.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import blake3
 
 from vmrewind.errors import CorruptionError
 from vmrewind.repository.compression import compress, decompress
-from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.layout import chunk_key
 from vmrewind.repository.store import AlreadyExists, Store, get_or_corrupt
 
@@ -20,15 +19,22 @@ CHUNK_SIZE: Final = 4 << 20
 _KEY_CONTEXT: Final = "vmrewind repository format 1: chunk ids"
 
 
-class Chunks:
-    """The chunks of one repository. May be used from several threads."""
+def public_key(repository_id: str) -> bytes:
+    """The key of a repository that is not encrypted."""
+    return blake3.blake3(repository_id.encode(), derive_key_context=_KEY_CONTEXT).digest()
 
-    def __init__(self, store: Store, repository_id: str) -> None:
+
+class Chunks:
+    """The chunks of one repository. May be used from several threads. ``key`` makes the ids, 32 bytes.
+
+    With ``verified`` a chunk that is there is read before it counts as stored: a backup that stands on chunks nobody looked at is
+    none. Reading them costs a directory as much as reading the image; from an object store it would cost what their sharing saves.
+    """
+
+    def __init__(self, store: Store, key: bytes, *, verified: bool) -> None:
         self._store = store
-        # A backup that stands on chunks nobody looked at is none. Reading them costs a directory as much as reading the image;
-        # from an object store it would cost what their sharing saves.
-        self._verified = isinstance(store, DirectoryStore)
-        self._key = blake3.blake3(repository_id.encode(), derive_key_context=_KEY_CONTEXT).digest()
+        self._verified = verified
+        self._key = key
 
     def id(self, data: bytes | memoryview) -> str:
         """The id of a piece of plain bytes: 64 hex digits."""

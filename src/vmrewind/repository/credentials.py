@@ -1,8 +1,9 @@
-"""What gives access to an object store: the ecosystems' own environment variables and files, and one file of vmrewind's own.
+"""What gives access to a repository: the ecosystems' own environment variables and files, and one file of vmrewind's own.
 
 The library reads the process's environment itself. Added here: ``/etc/vmrewind/environment`` (``KEY=value`` lines, or the file that
 ``VMREWIND_ENVIRONMENT`` names), since what libvirt starts has next to no environment; and profiles of AWS's files. What is found
-goes to the library only, never into this process's environment, which children inherit.
+goes to the library only, never into this process's environment, which children inherit. The file may hold ``VMREWIND_…`` variables,
+too: what gives the key of an encrypted repository (secret.py).
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ def settings(scheme: str) -> dict[str, str]:
     return {name.lower(): value for name, value in added.items() if name not in _AWS_FILES}
 
 
+def vmrewind_settings() -> dict[str, str]:
+    """Variables of vmrewind's own, from the file and the environment, which goes before. Raises RepositoryError."""
+    return {name: value for name, value in (_environment_file() | dict(os.environ)).items() if name.startswith("VMREWIND_")}
+
+
+def environment_path() -> Path:
+    """The file of vmrewind's own, whether or not it is there."""
+    return Path(os.environ.get("VMREWIND_ENVIRONMENT") or ENVIRONMENT_FILE)
+
+
 def plain_http(scheme: str, given: Mapping[str, str]) -> bool:
     """Whether the endpoint is explicitly ``http://``: nothing else permits to go there unencrypted. Raises RepositoryError."""
     for name in _ENDPOINTS[scheme]:
@@ -70,7 +81,7 @@ def plain_http(scheme: str, given: Mapping[str, str]) -> bool:
 
 
 def _environment_file() -> dict[str, str]:
-    path = Path(os.environ.get("VMREWIND_ENVIRONMENT") or ENVIRONMENT_FILE)
+    path = environment_path()
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):

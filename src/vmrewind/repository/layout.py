@@ -9,6 +9,7 @@ from typing import Final
 from urllib.parse import quote, unquote
 
 REPOSITORY: Final = "repository.json"
+KEYS: Final = "keys/"
 CHUNKS: Final = "chunks/"
 VMS: Final = "vms/"
 
@@ -42,6 +43,11 @@ def decode_name(component: str) -> str:
 def chunk_key(chunk_id: str) -> str:
     """Where a chunk lies; the first two digits spread the chunks over 256 directories."""
     return f"{CHUNKS}{chunk_id[:2]}/{chunk_id}"
+
+
+def slot_key(slot_id: str) -> str:
+    """Where a key slot of an encrypted repository lies."""
+    return f"{KEYS}{slot_id}.json"
 
 
 def vm_prefix(vm: str) -> str:

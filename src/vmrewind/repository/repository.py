@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import xxhash
 
 from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal.runs import RunInfo
 from vmrewind.repository import layout
-from vmrewind.repository.chunks import Chunks
+from vmrewind.repository.chunks import Chunks, public_key
+from vmrewind.repository.description import Description, describe, read_description
+from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.layout import ConfigName, SegmentName
 from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.opening import open_store
+from vmrewind.repository.pins import allow_known, allow_new, pin
 from vmrewind.repository.sealed import seal, unseal
 from vmrewind.repository.store import AlreadyExists, NotFound, Store, get_or_corrupt, put_verified
 
-FORMAT: Final = 1
+if TYPE_CHECKING:
+    from vmrewind.repository.keys import Keys
+    from vmrewind.repository.secret import Secret
+
 _READERS: Final = 8
 
 T = TypeVar("T", SegmentName, ConfigName)
@@ -30,73 +36,89 @@ T = TypeVar("T", SegmentName, ConfigName)
 class Repository:
     """An open repository. Reading needs no more rights than to read; the first write looks whether the store can be trusted."""
 
-    def __init__(self, store: Store, document: bytes, repository_id: str) -> None:
+    def __init__(self, store: Store, description: Description, keys: Keys | None = None) -> None:
         self.store = store
-        self.id = repository_id
-        self.chunks = Chunks(store, repository_id)
-        self._document = document
+        self.id = description.id
+        self.encrypted = description.encrypted
+        self._keys = keys
+        self._document = description.document
         self._probed = False
+        # The backend is what tells whether chunks are looked at again, encrypted or not.
+        verified = isinstance(store, DirectoryStore)
+        if keys is not None:
+            from vmrewind.repository.encrypted import EncryptedStore
+
+            self.store = EncryptedStore(store, keys.objects)
+        self.chunks = Chunks(self.store, public_key(self.id) if keys is None else keys.chunk_ids, verified=verified)
 
     @classmethod
-    def init(cls, url: str) -> Repository:
-        """Make a repository, and its directory. Raises RepositoryError if there is one already."""
-        return cls.init_in(open_store(url, create=True))
+    def init(cls, url: str, secret: Secret | None = None) -> Repository:
+        """Make a repository, and its directory; with ``secret`` one that is encrypted. Raises RepositoryError if there is one."""
+        allow_new(url, encrypted=secret is not None)
+        repository = cls.init_in(open_store(url, create=True), secret)
+        if repository.encrypted:
+            pin(url, repository.id)
+        return repository
 
     @classmethod
-    def init_in(cls, store: Store) -> Repository:
+    def init_in(cls, store: Store, secret: Secret | None = None) -> Repository:
         """Make a repository in an open store."""
         try:
-            existing = cls.open_in(store)
+            existing = read_description(store)
         except RepositoryError:
             if store.size(layout.REPOSITORY) is not None:
                 raise
         else:
             raise RepositoryError(f"{store.url}: there is a repository already (id {existing.id})", "use it as it is")
-        repository_id = secrets.token_hex(16)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        document = seal({"format": FORMAT, "id": repository_id, "created": created, "encryption": None})
+        description = describe(secrets.token_hex(16), encrypted=secret is not None)
+        keys = slot = None
+        if secret is not None:
+            from vmrewind.repository.unlocking import new_keys
+
+            # The key comes first: a repository that is described can be opened.
+            keys, slot = new_keys(store, description.id, secret)
         try:
-            store.put(layout.REPOSITORY, document)
+            store.put(layout.REPOSITORY, description.document)
         except AlreadyExists:
             # Ours, if the store was asked twice for one put.
-            if store.get(layout.REPOSITORY) != document:
+            if store.get(layout.REPOSITORY) != description.document:
                 raise RepositoryError(f"{store.url}: another process just made a repository here", "use that one") from None
-        repository = cls(store, document, repository_id)
+        repository = cls(store, description, keys)
         try:
             repository.probe()
         except RepositoryError:
             store.delete(layout.REPOSITORY)
+            if slot is not None:
+                store.delete(layout.slot_key(slot))
             raise
         return repository
 
     @classmethod
     def open(cls, url: str) -> Repository:
         """Open what ``init`` made. Raises RepositoryError if it is not there (it is never made in passing: an unmounted mount
-        point must not become a repository), or from a newer version; CorruptionError if its description is damaged."""
-        return cls.open_in(open_store(url))
+        point must not become a repository), if it is another one than this host knows there, from a newer version, or encrypted
+        and no key given that opens it; CorruptionError if its description or its key slots are damaged."""
+        store = open_store(url)
+        description = read_description(store)
+        allow_known(url, description)
+        repository = cls._opened(store, description)
+        if repository.encrypted:
+            with contextlib.suppress(OSError):  # a state directory that cannot be written to is nothing that a reader minds
+                pin(url, repository.id)
+        return repository
 
     @classmethod
     def open_in(cls, store: Store) -> Repository:
         """Open the repository in an open store."""
-        try:
-            document = store.get(layout.REPOSITORY)
-        except NotFound:
-            raise RepositoryError(
-                f"{store.url}: there is no repository here",
-                f"mount what holds it, or make one: vmrewind init {store.url}",
-            ) from None
-        origin = f"{store.url}: {layout.REPOSITORY}"
-        _refuse_newer(document, store.url)
-        content = unseal(document, origin)
-        if content.get("encryption") is not None:
-            raise RepositoryError(
-                f"{store.url}: the repository is encrypted in a way that this vmrewind does not know",
-                "use the vmrewind that made it, or a newer one",
-            )
-        repository_id = content.get("id")
-        if content.get("format") != FORMAT or not isinstance(repository_id, str):
-            raise CorruptionError(f"{origin}: not a repository's description")
-        return cls(store, document, repository_id)
+        return cls._opened(store, read_description(store))
+
+    @classmethod
+    def _opened(cls, store: Store, description: Description) -> Repository:
+        if not description.encrypted:
+            return cls(store, description)
+        from vmrewind.repository.unlocking import unlock
+
+        return cls(store, description, unlock(store, description.id))
 
     @property
     def url(self) -> str:
@@ -125,6 +147,10 @@ class Repository:
         """Put an object that may be there already with the same content."""
         self.probe()
         put_verified(self.store, key, data)
+
+    def digest(self, data: bytes) -> str:
+        """A digest of content for an object's name: 16 hex digits. In an encrypted repository it tells nothing without the key."""
+        return xxhash.xxh3_64_hexdigest(data) if self._keys is None else self._keys.digest(data)
 
     def read_chunk(self, chunk_id: str) -> bytes:
         """A chunk's plain bytes, verified; raises CorruptionError naming the object."""
@@ -193,7 +219,7 @@ class VmRepository:
 
     def put_config(self, time_ns: int, suffix: str, data: bytes) -> None:
         """Keep a version of the configuration, unless it is the newest one here already."""
-        digest = xxhash.xxh3_64_hexdigest(data)
+        digest = self.repository.digest(data)
         newest = max(self.configs(), default=None)
         if newest is None or (newest.digest, newest.suffix) != (digest, suffix):
             self.repository.put(ConfigName(time_ns, digest, suffix, self.name).key, data)
@@ -205,7 +231,7 @@ class VmRepository:
     def config(self, name: ConfigName) -> bytes:
         """One version's content, verified."""
         data = get_or_corrupt(self._store, name.key)
-        if xxhash.xxh3_64_hexdigest(data) != name.digest:
+        if self.repository.digest(data) != name.digest:
             raise CorruptionError(f"{self._origin(name.key)}: the content does not match the checksum in its name")
         return data
 
@@ -273,16 +299,3 @@ class VmRepository:
 
     def _origin(self, key: str) -> str:
         return f"{self.repository.url}: {key}"
-
-
-def _refuse_newer(document: bytes, url: str) -> None:
-    """Before anything else is believed: a newer format may be sealed in another way."""
-    try:
-        found = json.loads(document)["format"]
-    except (ValueError, KeyError, TypeError):
-        return  # not newer but damaged, which is found out next
-    if isinstance(found, int) and found > FORMAT:
-        raise RepositoryError(
-            f"{url}: the repository has format {found}, this vmrewind knows up to {FORMAT}",
-            "use the vmrewind that made it, or a newer one",
-        )
