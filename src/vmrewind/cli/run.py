@@ -10,9 +10,16 @@ from cyclopts import Parameter
 
 from vmrewind.cli.progress import byte_progress
 from vmrewind.start.direct import run_direct
+from vmrewind.start.resolve import open_vm
+from vmrewind.start.supersession import go_on_anyway
 
 
-def run(config: Annotated[Path, Parameter(help="The VM's TOML file.")], /) -> int:
+def run(
+    config: Annotated[Path, Parameter(help="The VM's TOML file.")],
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Start it although another host has taken it over: as a branch.")] = False,
+) -> int:
     """Start a VM with every write of its protected disks journaled from the first instruction on; ends when the VM does.
 
     Ctrl-C asks the guest to shut down; a second one ends it at once. The exit code is QEMU's.
@@ -21,5 +28,8 @@ def run(config: Annotated[Path, Parameter(help="The VM's TOML file.")], /) -> in
     def say(message: str) -> None:
         print(f"vmrewind: {message}", file=sys.stderr, flush=True)
 
+    if force:
+        who = go_on_anyway(open_vm(str(config)))
+        say("nobody has taken it over: --force changes nothing" if who is None else f"{who.words()}: starting it all the same")
     with byte_progress() as update:
         return run_direct(config, say, lambda disk, done, total, _: update(f"base of {disk}", done, total))

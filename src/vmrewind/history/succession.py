@@ -86,17 +86,23 @@ def _leaves(known: Mapping[int, RunInfo], ours: Mapping[int, RunInfo], info: Run
     return None
 
 
-def look(repository: VmRepository, journal: Path, state: Path, end: Position | None = None) -> Successor | None:
-    """Ask the repository who has taken the VM over from this host. ``state``: the VM's state directory.
+def unknown_here(repository: VmRepository, journal: Path) -> list[RunInfo]:
+    """The repository's runs that the journal does not describe, or not readably. Raises RepositoryError, CorruptionError."""
+    return repository.runs(but={run_name(info.run) for info in local_runs(journal, lambda _: None)})
 
-    Reads only descriptions that are not here. Raises RepositoryError, CorruptionError.
-    """
-    ids = set(described_runs(journal))
+
+def judge(journal: Path, state: Path, others: Iterable[RunInfo], end: Position | None = None) -> Successor | None:
+    """Who has taken the VM over from this host, given the runs that are ``unknown_here``. ``state``: the VM's state directory."""
     here = {info.run: info for info in local_runs(journal, lambda _: None)}
-    others = repository.runs(but={run_name(run) for run in here})
+    ids = set(described_runs(journal))
     # One that is damaged here is ours all the same.
-    ours = here | {info.run: info for info in others if info.run in ids}
+    ours = {info.run: info for info in others if info.run in ids} | here
     return successor(ours, others, socket.gethostname(), end=end, overruled=read_overruled(state))
+
+
+def look(repository: VmRepository, journal: Path, state: Path, end: Position | None = None) -> Successor | None:
+    """Ask the repository who has taken the VM over from this host. Raises RepositoryError, CorruptionError."""
+    return judge(journal, state, unknown_here(repository, journal), end)
 
 
 def read_overruled(state: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vmrewind.capture.recovery import find_end, recover
-from vmrewind.errors import ImageError, VmrewindError, VmStateError
+from vmrewind.errors import ImageError, SupersededError, VmrewindError, VmStateError
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
 from vmrewind.vmconfig.model import VmConfig
 
@@ -23,10 +23,12 @@ def refuse_half_restored(name: str, journal: Path) -> None:
 def may_start_unprotected(config: VmConfig, error: VmrewindError) -> bool:
     """Whether a start that failed with ``error`` may go on without protection, as the configuration says.
 
-    Never if the VM runs already, its images are half restored, or an image is missing, in use or wrong: what stands in the way
-    then is not protection.
+    Never if the VM runs already, another host has taken it over, its images are half restored, or an image is missing, in use or
+    wrong: what stands in the way then is not protection.
     """
-    return config.protection.on_failure == "start-unprotected" and not isinstance(error, VmStateError | ImageError)
+    return config.protection.on_failure == "start-unprotected" and not isinstance(
+        error, VmStateError | ImageError | SupersededError
+    )
 
 
 def make_whole(name: str, journal: Path, say: Callable[[str], None]) -> Position | None:

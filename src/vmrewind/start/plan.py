@@ -36,10 +36,11 @@ from vmrewind.journal.runs import (
 )
 from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
-from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.repository.repository import VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
 from vmrewind.start.images import known_end, refuse_half_restored
+from vmrewind.start.supersession import Answer, ask, refuse_superseded
 from vmrewind.vmconfig.model import VmConfig
 
 
@@ -75,8 +76,12 @@ class Planner:
     events: EventLog
     say: Callable[[str], None] = lambda _: None
     progress: Progress | None = None
-    repository: VmRepository | None = field(default=None)
-    unreachable: RepositoryError | None = field(default=None)
+    answer: Answer = field(default=Answer(None))
+
+    @property
+    def repository(self) -> VmRepository | None:
+        """The VM's repository, if it has one that can be reached now."""
+        return self.answer.repository
 
     @classmethod
     def of(
@@ -95,11 +100,8 @@ class Planner:
             return cls(config, paths, journal, events, say, progress)
         if config.protection.repository is None:
             raise ConfigError(f"{config.source}: protection.repository is missing", "name the directory for bases and history")
-        try:
-            repository = Repository.open(config.protection.repository).vm(config.name)
-        except RepositoryError as error:
-            return cls(config, paths, journal, events, say, progress, None, error)
-        return cls(config, paths, journal, events, say, progress, repository)
+        answer = ask(config.protection.repository, config.name, journal)
+        return cls(config, paths, journal, events, say, progress, answer)
 
     def plan(self, run: int, backup: Sequence[str] = ()) -> Plan:
         """Finish the past, make the bases that are missing, and describe the run. Raises what stops a start.
@@ -111,6 +113,7 @@ class Planner:
         if self.repository is not None:
             self.repository.register(vm_uuid)
         past = self._past()
+        refuse_superseded(self.config.name, self.answer, self.journal, self.paths, past.position, self.say, self.events)
         # The host's clock may have been set back since: runs are ordered by their ids, so a later one must have a greater one.
         run = max(run, newest_run(past.runs) + 1)
         self._check_sizes(past)
@@ -297,10 +300,10 @@ class Planner:
 
     def _make_base(self, image: Image, vm_uuid: str, why: str) -> str:
         if self.repository is None:
-            assert self.unreachable is not None, "either there is a repository or there is the reason why not"
+            assert self.answer.unreachable is not None, "either there is a repository or there is the reason why not"
             raise RepositoryError(
-                f"{image.target} needs a full backup before it starts, and the repository can't be used: {self.unreachable}",
-                self.unreachable.hint,
+                f"{image.target} needs a full backup before it starts, and the repository can't be used: {self.answer.unreachable}",
+                self.answer.unreachable.hint,
             )
         self.say(f"{image.target}: making a base (full backup): {why}")
         manifest = back_up(self.paths, self.repository, image, vm_uuid, self.progress)
