@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -224,3 +225,24 @@ def test_verify_sees_a_segment_whose_successor_does_not_follow(made: MadeHistory
     (problem,) = reports[path].problems
     assert problem.offset == last.position
     assert "begins with record" in problem.message
+
+
+@pytest.mark.parametrize("size", [None, 10])
+def test_a_damaged_last_object_is_not_taken_for_the_end(made: MadeHistory, size: int | None) -> None:
+    made.stop()
+    made.ship_runs()
+    made.ship(made.run, 1, 40)
+    damaged = made.ship(made.run, 41, max(made.times))
+    path = made.repository_path / damaged.key
+    path.chmod(0o600)
+    if size is None:
+        flip(path, 150)
+    else:
+        os.truncate(path, size)
+    with made.open(local=False) as history:
+        for text in ("latest", "-1s", f"seq:{max(made.times)}"):
+            with pytest.raises(MomentError, match=damaged.key) as caught:
+                resolve(history, history.branch(), text, ["vda"], made.now_ns)
+            assert "(seq:40)" in caught.value.hint
+    with made.open() as history:
+        assert resolve(history, history.branch(), "latest", ["vda"], made.now_ns).seq == max(made.times), "the journal has it"

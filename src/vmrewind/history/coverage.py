@@ -118,7 +118,7 @@ class _Walk:
             self._interrupt(info.start_time_ns, problem)
             return
         records = self._known.records(info.run)
-        end = leg.cut if leg.cut is not None else max(records.last(disk.index) or 0, self._known.ends.get(info.run, 0))
+        end = leg.cut if leg.cut is not None else max(records.reaches(disk.index), self._known.ends.get(info.run, 0))
         if end < info.first_seq:
             # A run without records leaves the disk as its base or its parent did. But is it one?
             problem = None if leg.cut is not None else self._known.nothing_lost(info)

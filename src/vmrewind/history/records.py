@@ -84,6 +84,11 @@ class RunRecords:
         pieces = self.pieces(disk)
         return pieces[-1].last if pieces else None
 
+    def reaches(self, disk: int) -> int:
+        """Seq up to which the disk's records were stored, whether or not they can be read; 0 if nothing is known."""
+        left_out = (source.last for source, _ in self._left_out if source.mask >> disk & 1)
+        return max(self.last(disk) or 0, *left_out, 0)
+
     @property
     def last_known(self) -> int | None:
         """Seq of the last record known for any disk."""

@@ -94,7 +94,7 @@ class _Resolver:
             disk = info.disk(target)
             records = self._history.records(info.run)
             if disk is not None:
-                known_end = max(known_end, records.last(disk.index) or 0, self._history.ends.get(info.run, 0))
+                known_end = max(known_end, records.reaches(disk.index), self._history.ends.get(info.run, 0))
                 row = records.row_at(disk.index, seq)
                 time_ns = max(time_ns, int(row["time_ns"]) if row is not None else info.start_time_ns)
         if seq > known_end:
