@@ -31,6 +31,7 @@ from vmrewind.journal.writer import JournalWriter
 from vmrewind.repository.base import make_base
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.repository.secret import Secret
 from vmrewind.repository.segment import encode_segment, payload_lengths
 
 VM = "web01"
@@ -60,11 +61,13 @@ class Disk:
 class MadeHistory:
     """A VM's history in the making. ``now_ns`` is the clock: set it, or let ``tick`` do so."""
 
-    def __init__(self, directory: Path, sizes: dict[str, int], *, journal_size: int = 8 << 20) -> None:
+    def __init__(
+        self, directory: Path, sizes: dict[str, int], *, journal_size: int = 8 << 20, secret: Secret | None = None
+    ) -> None:
         self.directory = directory
         self.journal = directory / "journal"
         self.repository_path = directory / "repo"
-        self.repository: VmRepository = Repository.init(str(self.repository_path)).vm(VM)
+        self.repository: VmRepository = Repository.init(str(self.repository_path), secret).vm(VM)
         self.pool = SegmentPool(self.journal, journal_size)
         self.pool.allot()
         self.now_ns = T0
