@@ -29,6 +29,7 @@ def new_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     ``hang-import``: it never stands by. ``hang-allot``: it stands by and never takes its journal. ``garbage``: it prints something
     else first; ``garbage-alone``: unless it stands by. ``slow``: it takes a while to take its journal, unless it stands by.
+    ``deaf``: it begins its run and cannot serve.
     """
     mode = directory / "mode"
     (directory / "hooks").mkdir()
@@ -39,6 +40,7 @@ if "vmrewind.capture" not in sys.orig_argv:
     if "capture" in sys.orig_argv:
         import vmrewind.start.children as children
         children._STANDBY_SECONDS = children._ALLOT_SECONDS = {_DEADLINE_SECONDS}
+        children._STOP_HEED_SECONDS = {_DEADLINE_SECONDS}
         children._ALLOT_BYTES_PER_SECOND_MIN = 1 << 40
 elif mode.exists():
     what = mode.read_text()
@@ -55,6 +57,12 @@ elif mode.exists():
             time.sleep({_SLOW_SECONDS})
         return allot(self)
     SegmentPool.allot = slowly
+    if what == "deaf":
+        from vmrewind.capture.server import Server
+        from vmrewind.errors import ConfigError
+        def listen(*_):
+            raise ConfigError("it cannot listen")
+        Server.listen = listen
 """)
     monkeypatch.setenv("PYTHONPATH", str(directory / "hooks"), prepend=os.pathsep)
     return mode
@@ -240,3 +248,39 @@ def test_a_stop_right_after_a_hand_over_ends_the_run_cleanly(delay_seconds: floa
     with alone.serving() as ready:
         assert "history.gap" not in told(alone)
     whole(alone)
+
+
+def test_a_capture_that_heeds_nothing_does_not_hold_up_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Alone(tmp_path)
+    new_code(tmp_path, monkeypatch)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+        os.kill(capture_of(alone), signal.SIGSTOP)
+        os.kill(ready["keeper"], signal.SIGTERM)
+        until(lambda: "ship.ended" in told(alone), "the end")
+    # Another one has ended the run.
+    assert "capture.stopped" in told(alone) and captures(alone) == set()
+    with alone.serving():
+        assert "history.gap" not in told(alone)
+    whole(alone)
+
+
+def test_a_start_that_failed_after_its_run_began_keeps_the_run_s_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+    mode = new_code(tmp_path, monkeypatch)
+    mode.write_text("deaf")
+    failed = vmrewind("capture", alone.config, check=False)
+    assert failed.returncode != 0 and "it cannot listen" in failed.stderr
+    runs = sorted((alone.journal / "runs").glob("*.json"))
+    assert len(runs) == 2
+    mode.unlink()
+    with alone.serving() as ready:
+        until(lambda: "resync.done" in told(alone), "the end of the gap")
+        assert "base.made" not in told(alone)
+        alone.write(ready, 2)
+    assert alone.restored("latest") == alone.image.read_bytes()
+    assert len(json.loads(vmrewind("timeline", alone.config, "--json").stdout)["runs"]) == 3

@@ -470,6 +470,7 @@ class Server:
 
     def _finish(self) -> None:
         """Hang up on everybody, end the run in the journal, sync all, and leave word of what the images hold."""
+        print_event("stopping")
         self._hang_up()
         # The end of a run is worth a segment beyond the quota: without it the next start could not trust the images.
         self.pool.stretch = True

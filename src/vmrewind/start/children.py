@@ -30,6 +30,8 @@ HANDED_OVER: Final = "handed over"
 """How a capture ends that has left its run to the next one."""
 _HEED_SECONDS: Final = 5.0
 """A capture that has not heeded a signal by then hangs."""
+_STOP_HEED_SECONDS: Final = 30.0
+"""The same of one that is to end the run: nobody waits for its disks any more, so slow storage gets more time."""
 _HAND_OVER_SECONDS: Final = 60.0
 """For so long its last checkpoint may take, and the sync that is at hand when it ends."""
 _STANDBY_SECONDS: Final = 20.0
@@ -193,6 +195,13 @@ class CaptureChild:
         """Ask for a clean end of the run and wait for it; returns how it ended: ``CLEAN`` if the run ended with it."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
+        try:
+            async with asyncio.timeout(_STOP_HEED_SECONDS):
+                while await self._heard() not in (None, "stopping"):
+                    pass
+        except TimeoutError:
+            await self.kill()
+        # From here on it syncs the images, which takes as long as it takes.
         ending = await self.wait()
         while not self._handed_over and await self._heard() is not None:
             pass

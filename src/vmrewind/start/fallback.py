@@ -56,7 +56,7 @@ def leave_protection(
     images that lack what the guest was promised must not be served.
     """
     identities_now(info, known)
-    if not _begun(journal, info.run):
+    if not begun(journal, info.run):
         return info
     refuse_half_restored(info.vm, journal)
     recovered = recover(journal, say)
@@ -81,7 +81,8 @@ def take_back(journal: Path, info: RunInfo, following: RunInfo) -> None:
         run_path(journal, following.run).unlink()
 
 
-def _begun(journal: Path, run: int) -> bool:
+def begun(journal: Path, run: int) -> bool:
+    """Whether capture has begun a run: there may be records of it."""
     state = StatePage(journal)
     try:
         return bool(state.run == run)

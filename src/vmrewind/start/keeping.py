@@ -8,6 +8,7 @@ process of its own (``start/keeper.py``).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import functools
 import os
@@ -16,13 +17,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from vmrewind.errors import SpaceError, VmStateError
+from vmrewind.errors import CorruptionError, SpaceError, VmStateError
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.bases import Progress
 from vmrewind.start.children import CLEAN, ResyncChild, ShipChild, listen
+from vmrewind.start.fallback import begun
 from vmrewind.start.keeper_control import KeeperControl
 from vmrewind.start.leftovers import clear_leftovers
 from vmrewind.start.places import make_places
@@ -113,7 +115,15 @@ class Keeper:
         except BaseException as error:
             self.events.write("start.failed", error=str(error) or type(error).__name__)
             await self.stop()
+            self._forget_unbegun()
             raise
+
+    def _forget_unbegun(self) -> None:
+        """Of a run without a record nothing is to be left. One with records needs its description, or they are lost."""
+        # A journal that cannot be looked at keeps it: a description too many does no harm.
+        with contextlib.suppress(OSError, CorruptionError):
+            if self._plan is not None and not begun(self.storage.journal, self.run):
+                run_path(self.storage.journal, self.run).unlink(missing_ok=True)
 
     async def _bring_up(
         self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None, backup: Sequence[str]
@@ -135,14 +145,9 @@ class Keeper:
 
         plan = await asyncio.to_thread(make_plan)
         self._rename(plan.info.run)
-        write_durably(run_path(storage.journal, self.run), plan.info.to_json())
         self._plan = plan
-        try:
-            ready = await self._serving.assign(config, plan.info, plan.identities)
-        except BaseException:
-            # Not one record was written: the run never was.
-            run_path(storage.journal, self.run).unlink()
-            raise
+        write_durably(run_path(storage.journal, self.run), plan.info.to_json())
+        ready = await self._serving.assign(config, plan.info, plan.identities)
         self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
 
         self._tasks.append(asyncio.create_task(self._persist("serving", self._serving.keep)))
