@@ -119,6 +119,9 @@ def test_a_newer_version_is_refused_as_such() -> None:
     name, rows, stream = make([])
     whole = bytearray(encode_segment(name, UUID, rows, stream))
     whole[8] = 2
+    with pytest.raises(CorruptionError, match="checksum"):
+        _ = ShippedSegment(Reader(bytes(whole)), name).rows
+    whole[HEADER.size - 8 : HEADER.size] = xxhash.xxh3_64_intdigest(whole[: HEADER.size - 8]).to_bytes(8, "little")
     with pytest.raises(RepositoryError, match="segment format 2") as caught:
         _ = ShippedSegment(Reader(bytes(whole)), name).rows
     assert not isinstance(caught.value, CorruptionError)

@@ -32,7 +32,7 @@ def backup(
     for target in disk or ():
         if target not in known:
             raise UsageError(f"{handle.name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
-    with byte_progress(quiet=json) as update:
+    with byte_progress(json=json) as update:
         made = asyncio.run(
             back_up_vm(
                 handle,

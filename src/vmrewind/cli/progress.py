@@ -1,17 +1,34 @@
-"""Progress bars with rate and time left, for what takes longer than a second. On stderr, and only on a terminal."""
+"""Progress with rate and time left of what takes longer than a second: bars on a terminal, events for machines with ``--json``.
+
+Both on stderr: stdout is for the result. docs/operations.md describes the events.
+"""
 
 from __future__ import annotations
 
+import json as json_module
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+Update = Callable[[str, int, int], None]
+"""Called with (what, bytes done, bytes in total), from any thread."""
+
+_EVENT_SECONDS: Final = 0.5
+"""Least time between two events about one thing, but for its last one; and how long it must take to be told of at all."""
+
 
 @contextmanager
-def byte_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``update(what, done_bytes, total_bytes)``: one bar for each ``what``."""
+def byte_progress(*, json: bool = False) -> Iterator[Update]:
+    """Yields ``update(what, done_bytes, total_bytes)``: one bar, or one series of events, for each ``what``."""
+    if json:
+        yield JsonProgress(sys.stderr).update
+        return
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -20,7 +37,7 @@ def byte_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(what: str, done_bytes: int, total_bytes: int) -> None:
@@ -29,3 +46,34 @@ def byte_progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], 
             bars.update(tasks[what], completed=done_bytes, total=total_bytes)
 
         yield update
+
+
+class JsonProgress:
+    """Writes events as lines of JSON."""
+
+    def __init__(self, output: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._output = output
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._begun: dict[str, tuple[float, int]] = {}
+        self._told: dict[str, float] = {}
+
+    def update(self, what: str, done_bytes: int, total_bytes: int) -> None:
+        """Tell of progress, unless that was done just now."""
+        with self._lock:
+            now = self._clock()
+            begun, first = self._begun.setdefault(what, (now, done_bytes))
+            complete = done_bytes >= total_bytes
+            if now - self._told.get(what, begun) < _EVENT_SECONDS and not (complete and what in self._told):
+                return
+            self._told[what] = now
+            rate = (done_bytes - first) / (now - begun) if now > begun else 0.0
+            event = {
+                "event": "progress",
+                "what": what,
+                "done_bytes": done_bytes,
+                "total_bytes": total_bytes,
+                "bytes_per_second": round(rate),
+                "seconds_left": round((total_bytes - done_bytes) / rate, 1) if rate > 0 else None,
+            }
+            print(json_module.dumps(event), file=self._output, flush=True)

@@ -65,7 +65,7 @@ def restore(
                 f"restoring {', '.join(targets)}",
                 flush=True,
             )
-        with byte_progress(quiet=json) as update:
+        with byte_progress(json=json) as update:
             if own is not None:
                 images = _images(own, history, position, targets)
                 restored = restore_in_place(history, images, position, own.journal, update, discard_unprotected=discard_unprotected)

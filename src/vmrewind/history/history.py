@@ -56,7 +56,7 @@ class History:
         self.damaged: Sequence[CorruptionError] = ()
         """Small files of the journal that cannot be read, and are done without or had from the repository."""
         self.lost: Sequence[int] = ()
-        """Runs that began here and whose description is nowhere to be had."""
+        """Runs that began here, or were shipped, and whose description is nowhere to be had."""
         self.undeclared: tuple[int, int, str] | None = None
         """A gap that the journal does not tell of: (run, since when in ns, cause)."""
         self.unrecorded: Mapping[str, str] = {}
@@ -116,7 +116,7 @@ class History:
                 # A run that began meanwhile removed the head before it touched an image.
                 if made.unrecorded and read_head(journal, lambda _: None) != head:
                     made.unrecorded = {}
-            made.lost = sorted(set(described) - runs.keys())
+            made.lost = sorted({*described, *(source.run for source in shipped)} - runs.keys())
             return made
         except BaseException:
             for source in local:
@@ -147,7 +147,8 @@ class History:
         if wanted is None and self.lost and self.lost[-1] > max(self.runs, default=0):
             # To take an older run for the newest would give a state that nobody asked for.
             raise CorruptionError(
-                f"the newest run, {run_name(self.lost[-1])}, cannot be used: {self.damaged[-1]}",
+                f"the newest run, {run_name(self.lost[-1])}, cannot be used: "
+                + (str(self.damaged[-1]) if self.damaged else "its description is missing in the repository"),
                 "put the file back; or choose another branch with --branch: " + ", ".join(map(run_name, self.runs)),
             )
         if wanted is None and head is not None and head.position.run in self.runs:

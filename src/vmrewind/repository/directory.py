@@ -185,6 +185,11 @@ class DirectoryStore:
         except OSError as error:
             raise _translated(error, path) from error
 
+    def leftovers(self) -> Iterator[Path]:
+        """The temporary files that killed writers left, and those of whoever writes right now."""
+        for directory, _, names in os.walk(self._root):
+            yield from (Path(directory, name) for name in names if name.startswith(_TEMPORARY))
+
     def _path(self, key: str) -> Path:
         for component in key.split("/"):
             if not _COMPONENT.fullmatch(component):

@@ -65,6 +65,11 @@ def run_prefix(vm: str) -> str:
     return f"{vm_prefix(vm)}runs/"
 
 
+def run_key(vm: str, run: int) -> str:
+    """The description of one run."""
+    return f"{run_prefix(vm)}{run:016x}.json"
+
+
 def config_prefix(vm: str) -> str:
     """Where the versions of a VM's configuration lie."""
     return f"{vm_prefix(vm)}config/"

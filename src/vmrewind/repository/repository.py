@@ -202,20 +202,24 @@ class VmRepository:
         """Describe a run. Raises RepositoryError if it is described there in another way."""
         content = json.loads(info.to_json())
         del content["xxh3"]  # its file's own; here all of it is sealed
-        self.repository.put(f"{layout.run_prefix(self.name)}{info.run:016x}.json", seal(content))
+        self.repository.put(layout.run_key(self.name, info.run), seal(content))
 
     def runs(self, but: Container[str] = ()) -> list[RunInfo]:
         """Every run described here, oldest first; ``but`` names runs that are not asked for, in the form of ``run_name``."""
         prefix = layout.run_prefix(self.name)
         keys = sorted(key for key, _ in self._store.list(prefix) if key.removeprefix(prefix).removesuffix(".json") not in but)
         if len(keys) < 2:
-            return [self._read_run(key) for key in keys]
+            return [self.run(key) for key in keys]
         with ThreadPoolExecutor(_READERS, "runs") as pool:
-            return list(pool.map(self._read_run, keys))
+            return list(pool.map(self.run, keys))
 
-    def _read_run(self, key: str) -> RunInfo:
+    def run(self, key: str) -> RunInfo:
+        """The run that an object describes; raises CorruptionError if it is damaged, missing, or another run's."""
         content = unseal(get_or_corrupt(self._store, key), self._origin(key))
-        return RunInfo.from_json(json.dumps(content).encode(), self._origin(key))
+        info = RunInfo.from_json(json.dumps(content).encode(), self._origin(key))
+        if key != layout.run_key(self.name, info.run):
+            raise CorruptionError(f"{self._origin(key)}: describes run {info.run:016x}")
+        return info
 
     def put_config(self, time_ns: int, suffix: str, data: bytes) -> None:
         """Keep a version of the configuration, unless it is the newest one here already."""

@@ -205,13 +205,13 @@ class ShippedSegment:
         if len(head) < HEADER.size or head[:8] != MAGIC:
             raise self._damaged("it has no shipped segment's magic")
         fields = HEADER.unpack_from(head)
+        if xxhash.xxh3_64_intdigest(head[:_CHECKED]) != fields[-1]:
+            raise self._damaged("the header's checksum is wrong")
         if fields[1] > VERSION:
             raise RepositoryError(
                 f"object {self.name.key}: segment format {fields[1]}, this vmrewind reads up to {VERSION}",
                 "use the vmrewind that wrote it, or a newer one",
             )
-        if xxhash.xxh3_64_intdigest(head[:_CHECKED]) != fields[-1]:
-            raise self._damaged("the header's checksum is wrong")
         header = SegmentHeader(*fields[3:13], *fields[14:16])
         if (header.run, header.first, header.last, header.mask) != (
             self.name.run, self.name.first, self.name.last, self.name.mask,

@@ -1,0 +1,50 @@
+"""What a verification finds: the words that it is reported with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vmrewind.recover.affected import Affected
+
+
+class Kind(StrEnum):
+    """What a finding means. Only ``DAMAGE`` and ``UNCHECKED`` make a verification fail."""
+
+    DAMAGE = "damage"
+    """Something is wrong, or missing, that history needs."""
+    UNCHECKED = "unchecked"
+    """The store could not be asked: nothing is known."""
+    GAP = "gap"
+    """Records that the repository never had, for a reason that is known."""
+    NOTE = "note"
+    """Nothing that a moment depends on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding. ``object`` is a key, or a place; ``affected`` the moments that cannot be restored because of it."""
+
+    kind: Kind
+    vm: str | None
+    object: str
+    message: str
+    hint: str = ""
+    affected: Sequence[Affected] = ()
+
+
+@dataclass(slots=True)
+class Part:
+    """What was checked of a VM, or of the chunks, which all VMs share (``vm`` None). ``read``: objects of which every byte was read
+    now; ``earlier``: those that were by an earlier verification. ``covered``: (disk, from ns, until ns) of what is on record."""
+
+    vm: str | None
+    objects: int = 0
+    stored_bytes: int = 0
+    read: int = 0
+    read_bytes: int = 0
+    earlier: int = 0
+    runs: int = 0
+    bases: int = 0
+    covered: list[tuple[str, int | None, int | None]] = field(default_factory=list)
