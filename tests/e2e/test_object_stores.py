@@ -22,8 +22,10 @@ from tests.store_contract import StoreContract
 from tests.vm_tools import check_files, files_in, restore, writer_vm
 from vmrewind.errors import RepositoryError
 from vmrewind.repository.directory import DirectoryStore
+from vmrewind.repository.encrypted import EncryptedStore
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
+from vmrewind.repository.secret import secret_of_key_file
 from vmrewind.repository.store import AlreadyExists, Store
 
 _buckets: dict[ObjectServer, str] = {}
@@ -111,6 +113,24 @@ class TestSeaweedFS(Contract):
         check_files(found, whole)
         timeline = json.loads(vmrewind("timeline", vm.config, "--json").stdout)
         assert "before" in json.dumps(timeline)
+
+
+class TestSeaweedFSEncrypted(Contract):
+    KIND = SeaweedFS
+
+    @pytest.fixture
+    def store(self, url: str) -> Store:
+        return EncryptedStore(open_store(url), bytes(range(32)))
+
+    def test_a_repository_is_made_once_and_opened(self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("VMREWIND_KEY_FILE", str(tmp_path / "key"))
+        made = Repository.init(url, secret_of_key_file(tmp_path / "key"))
+        made.vm("web 01").register("u")
+        assert (Repository.open(url).id, Repository.open(url + "/").vm("web 01").uuid()) == (made.id, "u")
+        assert b'"u"' not in open_store(url).get("vms/web%2001/vm.json")
+        monkeypatch.setenv("VMREWIND_KEY_FILE", "")
+        with pytest.raises(RepositoryError, match="no key is given"):
+            Repository.open(url)
 
 
 class TestCeph(Contract):

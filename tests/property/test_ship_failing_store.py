@@ -17,6 +17,7 @@ from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
 from vmrewind.repository.memory import MemoryStore
 from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.repository.secret import secret_of_key_file
 from vmrewind.repository.segment import ShippedSegment
 from vmrewind.ship import shipper as shipper_module
 from vmrewind.ship.shipper import Shipper
@@ -57,7 +58,9 @@ class Run:
         self.chance = random.Random(seed)
         self.memory = MemoryStore()
         self.store = FailingStore(self.memory, seed, self.chance.choice([0.05, 0.2, 0.5]))
-        Repository.init_in(self.memory)
+        key_file = directory / "key"
+        monkeypatch.setenv("VMREWIND_KEY_FILE", str(key_file))
+        Repository.init_in(self.memory, secret_of_key_file(key_file) if seed % 2 else None)
         self.vm = Repository.open_in(self.memory).vm(VM)
         self.journal = directory / f"journal-{seed}"
         self.state = directory / f"vm-{seed}"

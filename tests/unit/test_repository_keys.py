@@ -249,19 +249,17 @@ def test_every_flipped_bit_of_a_slot_is_named_and_another_slot_opens(etc: Path) 
         Repository.open_in(store)
 
 
-@pytest.mark.parametrize(
-    "kdf", [{"n": 1 << 40}, {"n": 1 << 21}, {"n": 3}, {"n": True}, {"r": 1 << 20}, {"p": 1 << 20}, {"name": "x"}]
-)
-def test_a_hostile_slot_does_not_eat_the_host(kdf: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_slot_does_not_eat_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     monkeypatch.setenv("VMREWIND_PASSPHRASE", WORDS)
-    made = Repository.init_in(store, Secret(PASSPHRASE, WORDS.encode(), "words"))
+    Repository.init_in(store, Secret(PASSPHRASE, WORDS.encode(), "words"))
     (key,) = (key for key in store.objects if key.startswith("keys/"))
     content = unseal(store.objects[key], "")
-    store.objects[key] = seal(content | {"kdf": content["kdf"] | kdf})
-    with pytest.raises(CorruptionError, match=key):
-        Repository.open_in(store)
-    assert made.encrypted
+    hostile = [{"n": 1 << 40}, {"n": 1 << 21}, {"n": 3}, {"n": True}, {"r": 1 << 20}, {"p": 1 << 20}, {"name": "x"}]
+    for change in hostile:
+        store.objects[key] = seal(content | {"kdf": content["kdf"] | change})
+        with pytest.raises(CorruptionError, match=key):
+            Repository.open_in(store)
 
 
 def test_too_many_slots_are_refused_before_they_are_tried(etc: Path) -> None:
