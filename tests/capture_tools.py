@@ -96,11 +96,13 @@ class Capture:
         full: str = "drop-history",
         run: int = RUN,
         trace: bool = False,
+        local_history: int | None = None,
     ) -> None:
         self.disks = disks
         self.journal = directory / "journal"
         self.journal_size = journal_size
         self.full = full
+        self.local_history = local_history
         self.run = run
         self.events_path = directory / "events.jsonl"
         self.stderr_path = directory / "capture.stderr"
@@ -159,6 +161,7 @@ class Capture:
     def start(self) -> Self:
         """Start the process and wait until it serves; raises the error that it reports."""
         command = [sys.executable, *self._program(), "--journal", str(self.journal), "--journal-size", str(self.journal_size)]
+        command += ["--local-history", str(self.local_history)] if self.local_history is not None else []
         with open(self.stderr_path, "ab") as stderr:
             self.process = subprocess.Popen(
                 command,

@@ -203,13 +203,33 @@ def test_an_outage_costs_a_line_and_no_record(ship: Ship) -> None:
     assert "shipping again" in lines[-1]
 
 
+def test_a_bandwidth_limit_is_heeded_and_shown_without_a_restart(ship: Ship) -> None:
+    written = WrittenJournal(ship.journal)
+    written.describe()
+    ship.tell('{"disks": ["vda"], "bandwidth_limit": 2097152}')
+    ship.start()
+    until(lambda: (found := ship.status()) is not None and found.bandwidth_limit == 2 << 20)
+    for _ in range(24):
+        written.batch([(fmt.Op.WRITE, 0, random.Random(0).randbytes(1 << 20))])
+    until(lambda: last_covered(ship) >= 2)
+    begin, from_seq = time.monotonic(), last_covered(ship)
+    until(lambda: last_covered(ship) >= from_seq + 5)
+    assert time.monotonic() - begin > 1.5, "five seqs of 1 MiB at 2 MiB a second"
+    assert (found := ship.status()) is not None and found.lag_seconds and found.unsent_bytes
+    ship.carry("vda")
+    begin = time.monotonic()
+    until(lambda: last_covered(ship) == written.truth[-1].seq)
+    assert time.monotonic() - begin < 7, "what is left would take eight seconds"
+    until(lambda: (found := ship.status()) is not None and found.bandwidth_limit is None and found.lag_seconds == 0)
+
+
 def test_nonsense_in_the_instructions_changes_nothing(ship: Ship) -> None:
     written = WrittenJournal(ship.journal)
     written.describe()
     ship.carry("vda")
     ship.start()
     until(lambda: ship.state_is("shipping"))
-    for count, text in enumerate(('{"disks": "vda"}', "[1]", "{"), 1):
+    for count, text in enumerate(('{"disks": "vda"}', "[1]", "{", '{"disks": [], "bandwidth_limit": "much"}'), 1):
         ship.tell(text)
         until(lambda count=count: ship.said().count("going on as before") == count)
     written.random_batch(random.Random(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import time
@@ -67,6 +68,8 @@ class Run:
         self.written: list[WrittenJournal] = []
         self.disks = self.chance.choice([BOTH, ("vda",), ("vdb",)])
         monkeypatch.setattr(shipper_module.Repository, "open", lambda _: Repository.open_in(self.store))
+        # Small segments: puts that are made while others are under way.
+        monkeypatch.setattr(shipper_module, "PAYLOAD_MAX", self.chance.choice([600, 8 * MIB]))
         self.shipper = self.new_shipper()
 
     def new_shipper(self) -> Shipper:
@@ -115,7 +118,10 @@ class Run:
             elif event < 0.42 and len(self.written) < 3:
                 self.begin()
             elif event < 0.52:
-                self.shipper = self.new_shipper()  # killed: nothing of the old one is left
+                # Killed: nothing of the old one is left. Its last put is over first, so that a failure replays from its seed.
+                with contextlib.suppress(RepositoryError):
+                    self.shipper.settle()
+                self.shipper = self.new_shipper()
             else:
                 self.step()
             self.check()

@@ -42,6 +42,8 @@ def protections(draw: st.DrawFn) -> dict[str, Any]:
         "ship": st.sampled_from(["auto", "on-demand"]),
         "journal": IMAGES,
         "journal_size": st.integers(1 << 20, 1 << 60),
+        "bandwidth_limit": st.integers(64 << 10, 1 << 40),
+        "local_history": st.integers(0, 10**8),
         "on_journal_full": st.sampled_from(["drop-history", "block"]),
         "on_failure": st.sampled_from(["abort", "start-unprotected"]),
         "shutdown_timeout_seconds": st.integers(0, 86_400),
@@ -75,6 +77,7 @@ def test_toml_is_understood_as_written_and_survives_saving(tmp_path: Path) -> No
         assert (peeked is not None) == config.protection.enabled
         if peeked is not None:
             assert (peeked.name, peeked.journal_size) == (name, config.protection.journal_size)
+            assert peeked.local_history == config.protection.local_history
         config.save(tmp_path / "config.json")
         assert VmConfig.load_saved(tmp_path / "config.json") == config
 
@@ -200,6 +203,7 @@ def test_what_is_protected_and_unprotected_is_as_before(
     assert peeked is not None
     journal = config.protection.journal
     assert (peeked.name, peeked.journal_size) == (name, config.protection.journal_size)
+    assert peeked.local_history == config.protection.local_history
     assert peeked.journal == (None if journal is None else Path(journal))
     back = unprotect_domain(xml)
     assert set(back.removed) == set(targets)

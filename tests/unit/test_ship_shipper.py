@@ -99,6 +99,7 @@ def test_records_wait_a_second_or_for_eight_mebibytes(place: Place, monkeypatch:
     for _ in range(8):
         written.batch([(fmt.Op.WRITE, 0, os.urandom(MIB))])
     assert shipper.step(BOTH) == 0.0
+    shipper.settle()
     assert [(name.first, name.last) for name in place.vm.segments()] == [(1, 9)]
     written.batch([(fmt.Op.WRITE, 0, b"two")])
     assert 0 < shipper.step(BOTH) <= 0.2
@@ -187,6 +188,7 @@ def test_the_others_do_not_wait_for_a_disk_that_catches_up(place: Place) -> None
         shipper.step(BOTH)
         steps += 1
     assert steps <= 2
+    shipper.settle()
     assert covered(place.vm, 7, 1)[0][0] == 1
     assert covered(place.vm, 7, 1)[0][1] < 100
     assert len(place.vm.segments()) > before

@@ -103,6 +103,8 @@ def changed(old: str, new: str) -> bytes:
         ('enabled="yes"', 'enabled="yes" journal="j"', "protection.journal: 'j' is not an absolute path"),
         ('enabled="yes"', 'enabled="yes" journal-size="1"', "protection.journal_size: 1 bytes"),
         ('enabled="yes"', 'enabled="yes" journal-size="much"', "protection/@journal-size: 'much' is not a size"),
+        ('enabled="yes"', 'enabled="yes" bandwidth-limit="9B"', "protection.bandwidth_limit: 9 bytes a second"),
+        ('enabled="yes"', 'enabled="yes" local-history="9"', "protection/@local-history: '9' is not a length of time"),
         ('enabled="yes"', 'enabled="yes" shutdown-timeout-seconds="x"', "protection/@shutdown-timeout-seconds"),
         ('repository="/r"', 'repository="r"', "protection.repository: 'r' is not an absolute path"),
         ('repository="/r"', 'repository="s3://bucket?x=y"', "holds credentials"),

@@ -120,6 +120,20 @@ def test_sizes(tmp_path: Path, written: str, size: int) -> None:
     assert peek_storage(path) == Storage("a", None, size)
 
 
+@pytest.mark.parametrize(
+    ("written", "seconds"), [('"90s"', 90), ('"30m"', 1800), ('"24h"', 86_400), ('"7 d"', 604_800), ("60", 60)]
+)
+def test_lengths_of_time(tmp_path: Path, written: str, seconds: int) -> None:
+    path = write(tmp_path, SMALL.replace("enabled = true", f"enabled = true\nlocal_history = {written}"))
+    assert load_toml(path).protection.local_history == seconds
+    assert peek_storage(path) == Storage("a", None, 8 << 30, seconds)
+
+
+def test_a_bandwidth_limit_is_bytes_a_second(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL.replace("enabled = true", 'enabled = true\nbandwidth_limit = "20MiB"'))
+    assert load_toml(path).protection.bandwidth_limit == 20 << 20
+
+
 def with_protection(line: str) -> str:
     return SMALL.replace("enabled = true", f"enabled = true\n{line}")
 
@@ -201,6 +215,10 @@ def with_disk(lines: str) -> str:
         (with_protection("journal_size = 1000"), "protection.journal_size: 1000 bytes"),
         (with_protection('journal_size = "9999999999999TiB"'), "protection.journal_size"),
         (with_protection(f"journal_size = 1{'0' * 30}"), "protection.journal_size"),
+        (with_protection('bandwidth_limit = "1KiB"'), "protection.bandwidth_limit: 1024 bytes a second"),
+        (with_protection('bandwidth_limit = "fast"'), "protection.bandwidth_limit: 'fast' is not a size"),
+        (with_protection('local_history = "a day"'), "protection.local_history: 'a day' is not a length of time"),
+        (with_protection("local_history = -1"), "protection.local_history"),
         (with_protection("shutdown_timeout_seconds = -1"), "protection.shutdown_timeout_seconds"),
     ],
 )

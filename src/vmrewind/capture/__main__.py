@@ -55,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="vmrewind.capture")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--journal-size", type=int, required=True)
+    parser.add_argument("--local-history", type=int, metavar="SECONDS")
     parser.add_argument("--standby", action="store_true")
     arguments = parser.parse_args()
     os.umask(0o077)
@@ -66,13 +67,13 @@ def main() -> int:
             if not line:
                 return 0
         lock = lock_journal(arguments.journal)
-        pool = SegmentPool(arguments.journal, arguments.journal_size)
+        pool = SegmentPool(arguments.journal, arguments.journal_size, thin=arguments.local_history is not None)
         pool.allot()
         print_event("allotted", pid=os.getpid(), journal=str(arguments.journal), bytes=arguments.journal_size)
         line = line or sys.stdin.readline()
         if not line:
             return 0
-        server = prepare(arguments.journal, pool, json.loads(line))
+        server = prepare(arguments.journal, pool, json.loads(line), arguments.local_history)
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -115,7 +116,7 @@ def lock_journal(journal: Path) -> int:
     return fd
 
 
-def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> Server:
+def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any], local_history_seconds: int | None = None) -> Server:
     """Open the disks, go on with the run or begin it, and listen."""
     events = EventLog(assignment["events"])
     if assignment["on_journal_full"] not in POLICIES:
@@ -136,7 +137,7 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any]) -> 
                 f"{journal}: the journal is damaged at {where}: batches up to {point} were written, and are not there",
                 "stop the VM and start it again: the missing history becomes a gap, and a new base is made",
             )
-    policy = FullPolicy(assignment["on_journal_full"], journal, state)
+    policy = FullPolicy(assignment["on_journal_full"], journal, state, local_history_seconds)
     used: set[int] = set()
     if end is not None:
         if not state.bypassed:

@@ -21,14 +21,15 @@ RUN_DONE: Final = (1 << 64) - 1
 
 
 class FullPolicy:
-    """``drop-history``: the oldest history goes, shipped or not. ``block`` and ``bypass``: only what ship has carried away;
-    else the guest waits, or writes on without history.
+    """``drop-history``: the oldest history goes, first what is shipped. ``block`` and ``bypass``: only what ship has carried away;
+    else the guest waits, or writes on without history. ``local_history_seconds``: what is shipped goes when it is that old.
 
     Either way a segment whose writes are not yet on the images' stable storage stays: it is their write-ahead log.
     """
 
-    def __init__(self, name: str, journal: Path, state: StatePage) -> None:
+    def __init__(self, name: str, journal: Path, state: StatePage, local_history_seconds: int | None = None) -> None:
         self.name = name
+        self.local_history_seconds = local_history_seconds
         self._journal = journal
         self._state = state
         self._shipped: dict[int, int] = {}
@@ -39,6 +40,14 @@ class FullPolicy:
         """Whether a segment would have been recycled but for a checkpoint, since this was last asked."""
         waits, self._waits_for_checkpoint = self._waits_for_checkpoint, False
         return waits
+
+    def is_old(self, segment: SegmentFile) -> bool:
+        """Whether nothing was added to the segment within the time that shipped history is to stay here."""
+        assert self.local_history_seconds is not None, "not asked otherwise"
+        try:
+            return segment.path.stat().st_mtime <= time.time() - self.local_history_seconds
+        except FileNotFoundError:
+            return True
 
     def may_recycle(self, segment: SegmentFile) -> Recycling:
         """The verdict on one live segment."""

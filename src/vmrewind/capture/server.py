@@ -42,6 +42,7 @@ from vmrewind.nbd.negotiation import Handshake
 _TICK_SECONDS: Final = 1.0
 _ZERO_PIECE: Final = 1 << 30
 """Longest range of one ZERO record, bytes."""
+_EXPIRE_TICKS: Final = 2
 _HOLD_RETRY_SECONDS: Final = 0.05
 _CONTROLS_MAX: Final = 64
 _CLIENTS_MAX: Final = 256
@@ -188,6 +189,8 @@ class Server:
         self.durability.sync_if_dirty()
         self.durability.checkpoint_if_due(self._ticks)
         self._declare_dropped()
+        if self.policy.local_history_seconds is not None and self._ticks % _EXPIRE_TICKS == 0 and not self.pool.deleted:
+            self.pool.expire(self.policy.may_recycle, self.policy.is_old)
         for disk in self.disks.values():
             self._watch(disk)
         unread, self.unread = self.unread, []

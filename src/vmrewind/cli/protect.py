@@ -18,7 +18,7 @@ from vmrewind.repository.repository import Repository
 from vmrewind.start.hook_script import Installed, install, reload_daemons
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.vmconfig.domain import parse_domain
-from vmrewind.vmconfig.model import DiskConfig, FailurePolicy, Invalid, JournalFullPolicy, ShipMode, parse_size
+from vmrewind.vmconfig.model import DiskConfig, FailurePolicy, Invalid, JournalFullPolicy, ShipMode, parse_duration, parse_size
 from vmrewind.vmconfig.rewrite import Rewritten, protect_domain
 from vmrewind.vmconfig.xml import has_protection
 
@@ -32,6 +32,8 @@ def protect(
     ship: Annotated[ShipMode | None, Parameter(help="When records are carried to the repository: always, or on command.")] = None,
     journal: Annotated[Path | None, Parameter(help="Directory of the local journal.")] = None,
     journal_size: Annotated[str | None, Parameter(help="Space for the local journal: 8GiB.")] = None,
+    local_history: Annotated[str | None, Parameter(help="How long shipped history stays in the journal: 24h.")] = None,
+    bandwidth_limit: Annotated[str | None, Parameter(help="What ship sends at most, a second: 20MiB.")] = None,
     on_journal_full: Annotated[JournalFullPolicy | None, Parameter(help="What gives way when that space is used up.")] = None,
     on_failure: Annotated[FailurePolicy | None, Parameter(help="What a start does that cannot be protected.")] = None,
     connect: Annotated[str, Parameter(help="libvirt's URI.")] = DEFAULT_URI,
@@ -42,7 +44,8 @@ def protect(
     The domain's XML is rewritten: the disks' sources become vmrewind's socket, their own definitions are kept in the metadata
     for unprotect. Repeating the command adds disks or changes settings; what is not given keeps its value.
     """
-    changes = _changes(repository, ship, journal, journal_size, on_journal_full, on_failure)
+    changes = _changes(repository, ship, journal, on_journal_full, on_failure)
+    changes |= _quantities(journal_size, bandwidth_limit, local_history)
     paths = VmPaths(domain)
     with Libvirt(connect) as libvirt:
         found = libvirt.domain(domain)
@@ -92,7 +95,6 @@ def _changes(
     repository: str | None,
     ship: ShipMode | None,
     journal: Path | None,
-    journal_size: str | None,
     on_journal_full: JournalFullPolicy | None,
     on_failure: FailurePolicy | None,
 ) -> dict[str, object]:
@@ -103,17 +105,27 @@ def _changes(
         changes["repository"] = repository if is_url or not repository else str(Path.cwd() / repository)
     if journal is not None:
         changes["journal"] = str(Path.cwd() / journal)
-    if journal_size is not None:
-        try:
-            changes["journal_size"] = parse_size("--journal-size", journal_size)
-        except Invalid as error:
-            raise UsageError(f"{error.key}: {error}", error.hint) from None
     if ship is not None:
         changes["ship"] = ship
     if on_journal_full is not None:
         changes["on_journal_full"] = on_journal_full
     if on_failure is not None:
         changes["on_failure"] = on_failure
+    return changes
+
+
+def _quantities(journal_size: str | None, bandwidth_limit: str | None, local_history: str | None) -> dict[str, object]:
+    """As ``_changes``, of what has a unit."""
+    changes: dict[str, object] = {}
+    try:
+        if journal_size is not None:
+            changes["journal_size"] = parse_size("--journal-size", journal_size)
+        if bandwidth_limit is not None:
+            changes["bandwidth_limit"] = parse_size("--bandwidth-limit", bandwidth_limit)
+        if local_history is not None:
+            changes["local_history"] = parse_duration("--local-history", local_history)
+    except Invalid as error:
+        raise UsageError(f"{error.key}: {error}", error.hint) from None
     return changes
 
 

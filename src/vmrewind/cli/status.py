@@ -74,12 +74,17 @@ def _show(found: dict[str, Any]) -> None:
     ship = found.get("ship")
     if ship is not None:
         wanted = ", ".join(ship["wanted"]) or "nothing (vmrewind ship on switches it on)"
-        console.print(f"  ship: carries {wanted} to {escape(found['repository'] or '-')}; lag {_lag(found)}")
+        console.print(f"  ship: carries {wanted} to {escape(found['repository'] or '-')}; lag {_lag(found)}{_limit(ship)}")
     for role, process in found.get("processes", {}).items():
         if process is not None:
             console.print(f"  {role}: pid {process['pid']}, {'alive' if process['alive'] else '[red]dead[/]'}")
     for problem in found["problems"]:
         console.print(f"  [red]problem:[/] {escape(problem)}")
+
+
+def _limit(ship: dict[str, Any]) -> str:
+    limit = ship.get("bandwidth_limit")
+    return f"; at most {decimal(limit)} a second" if limit else ""
 
 
 def _last_record(found: dict[str, Any]) -> str:

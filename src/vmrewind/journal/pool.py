@@ -2,6 +2,9 @@
 
 All space is reserved when the pool is opened, so a full file system is found out before the VM starts and not while it runs.
 Overwriting a segment that exists is also 3 to 5 times as fast as appending to a new file (DESIGN's prototype).
+
+A *thin* pool (``local_history``) takes space as history needs it and gives back what history leaves, but for a reserve that is
+overwritten first. The quota is its limit then, not its size.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import enum
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -30,6 +33,10 @@ from vmrewind.journal.runs import private_directory, sync_directory
 SEGMENTS_MIN: Final = 8
 """A small journal gets smaller segments rather than fewer: one is written, the others hold history."""
 SEGMENT_SIZE_MIN: Final = 1 << 20
+_RESERVE_PART: Final = 8
+"""A thin pool keeps one such part of the quota free."""
+_NOBODYS: Final = SegmentHeader(bytes(16), 0, 0, 0, 0, 0, 0)
+"""The header of a segment file that holds nothing: whoever opened it by an older name sees that it is gone."""
 
 
 class JournalFull(Exception):
@@ -61,12 +68,14 @@ def segment_size(journal_size: int) -> int:
 class SegmentPool:
     """Hands out segment files of one journal directory; ``may_recycle(segment)`` is the policy's word on each old one."""
 
-    def __init__(self, journal: Path, journal_size: int) -> None:
+    def __init__(self, journal: Path, journal_size: int, *, thin: bool = False) -> None:
         self.journal = journal
         self.segment_size = segment_size(journal_size)
         self.segments_max = max(2, journal_size // self.segment_size)
         self.quota = self.segments_max * self.segment_size
         """Bytes that segments, live and free, may take."""
+        self._reserve = max(2, self.segments_max // _RESERVE_PART) if thin else self.segments_max
+        """Most segments that are kept free."""
         self.stretch = False
         """Rather exceed the quota than raise JournalFull."""
         self.deleted = False
@@ -76,19 +85,19 @@ class SegmentPool:
         self._free: list[Path] = []
 
     def allot(self) -> None:
-        """Reserve all of the space; raises SpaceError if it is not there. Call once, before the VM starts."""
+        """Reserve all of the space, of a thin pool the reserve. Once, before the VM starts; raises SpaceError."""
         private_directory(self.journal)
         self._free = []
         made: list[Path] = []
         room = self.quota - self._used()
         for path in sorted(self.journal.glob("free-*.seg")):
-            if path.stat().st_size == self.segment_size <= room:
+            if path.stat().st_size == self.segment_size <= room and len(self._free) < self._reserve:
                 self._free.append(path)
                 room -= self.segment_size
             else:
                 path.unlink()
         serial = 0
-        while room >= self.segment_size:
+        while room >= self.segment_size and len(self._free) + len(made) < self._reserve:
             path = self.journal / f"free-{serial:08d}.seg"
             serial += 1
             if path.exists():
@@ -96,6 +105,9 @@ class SegmentPool:
             try:
                 self._preallocate(path)
             except SpaceError:
+                if self._reserve < self.segments_max and (made or self._free or segment_files(self.journal)):
+                    # A thin pool's capture that takes a dead one's place must not fail for want of a reserve.
+                    break
                 # Give back what was taken: a start that fails leaves the file system as it found it.
                 for taken in made:
                     taken.unlink()
@@ -123,6 +135,58 @@ class SegmentPool:
             ) from error
         finally:
             os.close(fd)
+
+    def expire(self, may_recycle: Callable[[SegmentFile], Recycling], is_old: Callable[[SegmentFile], bool]) -> None:
+        """Let go of what is old and may be recycled without loss: a part becomes the reserve, the rest goes to the file system."""
+        for segment in self._shipped(may_recycle):
+            if not is_old(segment):
+                break
+            if len(self._free) >= self._reserve or not self._make_free(segment):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(segment.path)
+
+    def _make_free(self, segment: SegmentFile) -> bool:
+        """False if a reader has it, or it is of another size. A crash in between leaves a file that is live, or free already."""
+        try:
+            fd = self._open_locked(segment.path)
+        except OSError:
+            return False
+        try:
+            if os.fstat(fd).st_size != self.segment_size:
+                return False
+            free = self._free_path()
+            os.rename(segment.path, free)
+            self._free.insert(0, free)
+            os.pwrite(fd, pack_segment_header(_NOBODYS), 0)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _free_path(self) -> Path:
+        """A name for a free segment that none has."""
+        return next(path for n in range(1 << 30) if not (path := self.journal / f"free-{n:08d}.seg").exists())
+
+    def _shipped(self, may_recycle: Callable[[SegmentFile], Recycling]) -> Iterator[SegmentFile]:
+        """Segments that may be recycled without loss, oldest first: of each run those before the first that may not."""
+        kept = -1
+        for segment in segment_files(self.journal):
+            if segment.run == kept:
+                continue
+            if may_recycle(segment) is Recycling.FREE:
+                yield segment
+            else:
+                kept = segment.run
+
+    def _candidates(self, may_recycle: Callable[[SegmentFile], Recycling]) -> Iterator[tuple[SegmentFile, Recycling]]:
+        """What may be overwritten, in this order: what is shipped, then what is lost by it, up to the first that must stay."""
+        for segment in self._shipped(may_recycle):
+            yield segment, Recycling.FREE
+        for segment in segment_files(self.journal):
+            if (verdict := may_recycle(segment)) is Recycling.NO:
+                return
+            yield segment, verdict
 
     def take(self, header: SegmentHeader, may_recycle: Callable[[SegmentFile], Recycling]) -> tuple[int, int]:
         """Make a segment with this header (its size is filled in); returns its file descriptor and its size in bytes.
@@ -158,6 +222,10 @@ class SegmentPool:
                 with contextlib.suppress(JournalFull):
                     return self._extra(self._used() + len(self._free) * self.segment_size, self.quota)
                 continue
+            except BlockingIOError:
+                # Somebody reads what it held before: it stays with that reader, as in ``_recycle``.
+                os.unlink(path)
+                continue
             self._free.pop()
             return path, fd
         return None
@@ -174,17 +242,18 @@ class SegmentPool:
         return fd
 
     def _recycle(self, may_recycle: Callable[[SegmentFile], Recycling]) -> tuple[Path, int]:
-        """A segment file to overwrite, open and locked: the oldest, so that history shrinks from its oldest end only.
+        """A segment file to overwrite, open and locked: the oldest that is shipped, else the oldest that may be lost.
+
+        So history shrinks from its oldest end only, or where the repository has it. A thin pool grows first, up to its quota.
 
         It stays locked from before it loses its live name until it has its new header: a reader that opened it by the old name
         waits for its own lock until then, and sees that its segment is gone. One that a reader has locked already is left to that
         reader, without a name, and a new file takes its place: no reader, however slow, holds up the guest.
         """
         used = self._used()
-        for segment in segment_files(self.journal):
-            verdict = may_recycle(segment)
-            if verdict is Recycling.NO:
-                break
+        with contextlib.suppress(JournalFull):
+            return self._extra(used, self.quota)
+        for segment, verdict in self._candidates(may_recycle):
             try:
                 fd = self._open_locked(segment.path)
             except BlockingIOError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.ship.cursor import Cursor, Hole
-from vmrewind.ship.gather import Gathered
+from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
 from vmrewind.ship.plan import Entry
 
 AGE_SECONDS: Final = 1.0
@@ -41,12 +41,26 @@ class Carrier:
         self.gathered = Gathered(entry, entry.first)
         self._due_at: float | None = None
         self._since = time.monotonic()
+        self._passed_time_ns: int | None = None
+        self._behind = True
 
-    def pull(self) -> Pulled | Hole:
-        """Read on until one of the reasons to stop. A hole is met after everything before it was gathered."""
+    def pull(self, payload_max: int = PAYLOAD_MAX) -> Pulled | Hole:
+        """Read on until one of the reasons to stop; ``payload_max`` bytes make a segment full.
+
+        A hole is met after everything before it was gathered.
+        """
+        self.gathered.payload_max = payload_max
         pulled = self._read()
         self._select()
+        self._behind = pulled not in (Pulled.WAITING, Pulled.DONE)
         return pulled
+
+    @property
+    def oldest_time_ns(self) -> int | None:
+        """Time of the oldest record that is not handed over, as far as it is known; None without one."""
+        if self.gathered.oldest_time_ns is not None:
+            return self.gathered.oldest_time_ns
+        return self._passed_time_ns if self._behind else None
 
     def _read(self) -> Pulled | Hole:
         read_bytes = 0
@@ -85,6 +99,7 @@ class Carrier:
 
     def next_from(self, first: int) -> None:
         """Begin the next segment at ``first``."""
+        self._passed_time_ns = self.gathered.last_time_ns or self._passed_time_ns
         self.gathered = Gathered(self.entry, first)
         self._due_at = None
         self._since = time.monotonic()

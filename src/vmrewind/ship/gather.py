@@ -27,6 +27,7 @@ class Gathered:
 
     def __init__(self, entry: Entry, first: int) -> None:
         self.first = first
+        self.payload_max = PAYLOAD_MAX
         self.last = first - 1
         self.last_time_ns = 0
         self.oldest_time_ns: int | None = None
@@ -44,13 +45,17 @@ class Gathered:
         """Take a batch in; what of it lies before ``last`` or behind the entry's end does not count."""
         self._fresh.append((batch, payload))
         self._fresh_bytes += len(batch.table) + len(payload)
-        if self._fresh_bytes >= _SELECT_AT:
+        if self._fresh_bytes >= min(_SELECT_AT, self.payload_max):
             self.select()
+
+    def __bool__(self) -> bool:
+        """Whether anything was looked at that a segment would cover."""
+        return self.last >= self.first
 
     @property
     def full(self) -> bool:
         """Whether it is time to send whatever the clock says."""
-        return self.payload_bytes >= PAYLOAD_MAX or self.row_count >= ROWS_MAX
+        return self.payload_bytes >= self.payload_max or self.row_count >= ROWS_MAX
 
     def select(self) -> None:
         """Pick out the records that are carried, of all batches taken in since the last time."""

@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def _instructed(path: Path) -> tuple[str, ...]:
-    """The disks that ship is told to carry, sorted; none if there is no such file. Raises ValueError if it makes no sense."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return ()
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """``disks``: the targets to carry, sorted; none: be idle. ``bandwidth_limit``: bytes a second, None for none."""
+
+    disks: tuple[str, ...] = ()
+    bandwidth_limit: int | None = None
+
+
+def _instructed(path: Path) -> Instruction:
+    """What the file says; an empty one is an absent one. Raises ValueError if it makes no sense."""
+    text = path.read_bytes()
     if not text.strip():
-        return ()
+        return Instruction()
     content = json.loads(text)
     disks = content.get("disks", []) if isinstance(content, dict) else None
     if not isinstance(disks, list) or not all(isinstance(disk, str) for disk in disks):
         raise ValueError("it is not an object with a list of disks")
-    return tuple(sorted(set(disks)))
+    limit = content.get("bandwidth_limit")
+    if limit is not None and (type(limit) is not int or limit <= 0):
+        raise ValueError(f"{limit!r} is no bandwidth limit")
+    return Instruction(tuple(sorted(set(disks))), limit)
 
 
 class Instructions:
@@ -29,20 +38,18 @@ class Instructions:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen: tuple[int, int, int] | None = None
-        self._disks: tuple[str, ...] = ()
+        self._now = Instruction()
 
-    def disks(self) -> tuple[str, ...]:
-        """The disks to carry now. A file that makes no sense changes nothing and is reported once."""
+    def read(self) -> Instruction:
+        """What to do now. A file that makes no sense changes nothing and is reported once."""
         try:
-            status = os.stat(self._path)  # noqa: PTH116 - five times a second for the VM's life
+            status = os.stat(self._path)  # noqa: PTH116 - every second for the VM's life
             seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if seen != self._seen:
+                self._seen = seen
+                self._now = _instructed(self._path)
         except FileNotFoundError:
-            self._seen, self._disks = None, ()
-            return ()
-        if seen != self._seen:
-            self._seen = seen
-            try:
-                self._disks = _instructed(self._path)
-            except (ValueError, RecursionError) as error:
-                print(f"ship: {self._path}: {error}; going on as before", file=sys.stderr, flush=True)  # noqa: T201
-        return self._disks
+            self._seen, self._now = None, Instruction()
+        except (ValueError, RecursionError) as error:
+            print(f"ship: {self._path}: {error}; going on as before", file=sys.stderr, flush=True)  # noqa: T201
+        return self._now

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Final
 
 from vmrewind.errors import VmrewindError
 from vmrewind.journal.runs import private, private_directory
-from vmrewind.ship.instructions import Instructions
+from vmrewind.ship.instructions import Instruction, Instructions
 from vmrewind.ship.status import Reporter, ShipStatus
 
 if TYPE_CHECKING:
     from vmrewind.ship.shipper import Progress, Shipper
 
 POLL_SECONDS: Final = 0.2
+IDLE_POLL_SECONDS: Final = 1.0
 RETRY_SECONDS_MIN: Final = 0.5
 RETRY_SECONDS_MAX: Final = 30.0
 FINISH_SECONDS: Final = 5.0
@@ -54,8 +55,11 @@ class _Process:
         self._state = state
         self._instructions = Instructions(state / "ship.json")
         self._reporter = Reporter(runtime)
+        self._instruction = Instruction()
         self._shipper: Shipper | None = None
         self._stopping = False
+        self._finishing = False
+        """Nobody reads reports of a ship that only carries what a stopped VM has left."""
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._error = ""
         self._failed_at = 0.0
@@ -77,6 +81,7 @@ class _Process:
 
     def finish(self) -> int:
         """Carry what is there and end: 0 if the repository then has everything, else 1."""
+        self._finishing = True
         with self._lock() as locked:
             return 0 if locked and self._drain(deadline=float("inf")) else 1
 
@@ -110,11 +115,11 @@ class _Process:
 
     def _turn(self) -> float:
         """One look at what is to be done; returns how long there is nothing to do."""
-        disks = self._instructions.disks()
+        disks = self._instructed()
         if not disks:
             self._switch_off()
             self._report("idle", disks)
-            return POLL_SECONDS
+            return IDLE_POLL_SECONDS
         if time.monotonic() < self._retry_at:
             self._report("waiting", disks)
             return POLL_SECONDS
@@ -132,8 +137,19 @@ class _Process:
         if self._shipper is None:
             from vmrewind.ship.shipper import Shipper
 
-            self._shipper = Shipper(self._vm, self._journal, self._repository, self._state)
+            self._shipper = Shipper(self._vm, self._journal, self._repository, self._state, self._meanwhile)
+        self._shipper.pace.limit = self._instruction.bandwidth_limit
         return self._shipper
+
+    def _instructed(self) -> tuple[str, ...]:
+        """The disks to carry now."""
+        self._instruction = self._instructions.read()
+        return self._instruction.disks
+
+    def _meanwhile(self) -> None:
+        """The repository makes us wait: what is said of the lag must not grow old."""
+        if not self._finishing:
+            self._report("waiting" if self._error else "shipping", self._instruction.disks)
 
     def _switch_off(self) -> None:
         if self._shipper is None:
@@ -147,14 +163,16 @@ class _Process:
 
     def _drain(self, deadline: float) -> bool:
         """Carry what is there until ``deadline`` (monotonic seconds); False if something is left."""
-        disks = self._instructions.disks()
+        disks = self._instructed()
         if not disks:
             return True
         try:
-            while self._ready().step(disks, hurry=True) == 0.0:
+            shipper = self._ready()
+            while (seconds := shipper.step(disks, hurry=True)) == 0.0 or shipper.held_back:
                 if time.monotonic() >= deadline:
                     self._say("told to stop with records unsent; they follow at the VM's next start")
                     return False
+                time.sleep(seconds)
         except (VmrewindError, OSError) as error:
             self._say(f"told to stop with records unsent, they follow at the VM's next start: {_words(error)}")
             return False
@@ -180,20 +198,25 @@ class _Process:
         if not self._reporter.due:
             return
         pid = os.getpid()
+        limit = self._instruction.bandwidth_limit
         if self._shipper is None:
-            self._reporter.write(ShipStatus(pid, state, disks, error=self._error or None))
+            self._reporter.write(ShipStatus(pid, state, disks, error=self._error or None, bandwidth_limit=limit))
             return
         try:
             now: Progress | None = self._shipper.progress()
         except (VmrewindError, OSError):
             now = None  # the journal cannot be read: the next step says so
         if now is None or now.run is None:
-            self._reporter.write(ShipStatus(pid, "waiting", disks, unsent_bytes=None, lag_seconds=None, error=self._error or None))
+            self._reporter.write(
+                ShipStatus(
+                    pid, "waiting", disks, unsent_bytes=None, lag_seconds=None, error=self._error or None, bandwidth_limit=limit
+                )
+            )
             return
         self._reporter.write(
             ShipStatus(
                 pid, state, disks, f"{now.run:016x}", now.shipped_seq, now.shipped_time_ns, now.unsent_bytes, now.lag_seconds,
-                self._error or None,
+                self._error or None, limit,
             )
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Shipping: one step at a time, from the journal's state and the repository's to what is to be sent next.
 
-A failure of either is raised; ``reset`` then drops everything, and the next step begins with what the repository lists.
+A failure of either is raised; ``reset`` then drops everything, and the next step begins with what the repository lists. While a
+segment is being put, the next one is read and compressed (sender.py): at most one is under way and one in the making.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,14 +24,18 @@ from vmrewind.journal.runs import RunInfo, described_runs, local_runs, run_path
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
-from vmrewind.ship.cursor import Cursor, Hole
+from vmrewind.ship.cursor import Hole
 from vmrewind.ship.events import declare_hole
+from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
+from vmrewind.ship.meter import Meter, noted_starts
+from vmrewind.ship.pace import Pace
 from vmrewind.ship.plan import Plan, make_plan
+from vmrewind.ship.sender import Sender
 from vmrewind.vmconfig.model import VmConfig
 
 POLL_SECONDS: Final = 0.2
-_METERED_MAX: Final = 20_000
-"""Batches that the meter looks at in one go."""
+QUIET_POLL_SECONDS: Final = 1.0
+"""How long a journal to which nothing is added is not looked at: no longer than the oldest record may wait to be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +50,14 @@ class Progress:
 
 
 class Shipper:
-    """Ships one VM's journal to one repository."""
+    """Ships one VM's journal to one repository.
 
-    def __init__(self, vm: str, journal: Path, repository_url: str, state: Path) -> None:
+    ``meanwhile`` is called once a second while the repository makes it wait; ``progress`` may be asked then.
+    """
+
+    def __init__(
+        self, vm: str, journal: Path, repository_url: str, state: Path, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         self._name = vm
         self._journal = journal
         self._url = repository_url
@@ -54,13 +65,20 @@ class Shipper:
         self._vm: VmRepository | None = None
         self._coverage = Coverage()
         self._disks: tuple[str, ...] = ()
+        self._disks_known: tuple[str, ...] = ()
+        """The disks last carried, also while the repository is away."""
         self._runs_seen = 0
         self._plan = Plan(None, (), ())
         self._live: Carrier | None = None
         self._backlog: Carrier | None = None
         self._described: set[int] = set()
         self._shipped_time_ns: int | None = None
-        self._meter: _Meter | None = None
+        self._meter: Meter | None = None
+        self._sender = Sender(meanwhile)
+        self._sending: Gathered | None = None
+        self.pace = Pace()
+        self.held_back = False
+        """Whether there is something to do that only the bandwidth limit holds back."""
         self._runs: dict[int, RunInfo] = {}
         self._held: set[int] = set()
         self._lost: set[int] = set()
@@ -73,20 +91,23 @@ class Shipper:
 
         ``hurry``: send what is there although it is not due. Raises VmrewindError and OSError.
         """
+        self.held_back = False
         if self._vm is None:
             self._connect()
         runs_seen = self._runs_version()
         if disks != self._disks or runs_seen != self._runs_seen:
             self._finish_live()
             self._disks, self._runs_seen = disks, runs_seen
+            self._disks_known = disks
             self._replan()
-        wait_seconds = POLL_SECONDS
+        wait_seconds = QUIET_POLL_SECONDS
         if self._plan.live_now or not self._plan.backlog:
             wait_seconds = self._step_live(hurry=hurry)
         if self._plan.backlog:
-            self._step_backlog()
-            wait_seconds = 0.0
-        self._meter = None
+            wait_seconds = min(wait_seconds, self._step_backlog())
+        if wait_seconds:
+            # Nothing is left to make meanwhile.
+            self._sender.settle()
         self._note_shipped()
         return wait_seconds
 
@@ -94,16 +115,21 @@ class Shipper:
         """Send what is gathered for disks that are to be carried no longer, and forget them."""
         if self._vm is not None:
             self._finish_live()
+            self._sender.settle()
+            self._note_shipped()
         self.reset()
+
+    def settle(self) -> None:
+        """Wait until everything that was sent is durable; raises what the repository raised."""
+        self._sender.settle()
 
     def reset(self) -> None:
         """Forget everything but how far shipping is: the repository's list tells the rest."""
-        unsent_from = self._unsent_from()
+        self._sender.abandon()
+        self._sending = None
         for carrier in (self._live, self._backlog):
             if carrier is not None:
                 carrier.cursor.release()
-        if unsent_from is not None and self._meter is None:
-            self._meter = _Meter(self._journal, *unsent_from)
         self._vm = None
         self._live = self._backlog = None
         self._disks = ()
@@ -112,7 +138,7 @@ class Shipper:
 
     def _note_shipped(self) -> None:
         """Tell capture up to where each run was carried away: what the journal-full policy goes by."""
-        reached = self._reached()
+        reached = self._reached(self._disks)
         if not reached or reached == self._noted:
             return
         self._noted = reached
@@ -128,16 +154,16 @@ class Shipper:
                 os.close(fd)
             temporary.replace(path)
 
-    def _reached(self) -> dict[int, int]:
+    def _reached(self, disks_carried: tuple[str, ...]) -> dict[int, int]:
         """By run: the seq up to which everything that is to be carried is in the repository; SEQ_MAX for a finished run."""
-        if not self._runs or not self._disks:
+        if not self._runs or not disks_carried:
             return {}
         newest = max(self._runs)
         reached: dict[int, int] = {}
         for run in sorted(self._held | {newest}):
             info = self._runs.get(run)
             if info is not None:
-                disks = [disk.index for disk in info.disks if disk.target in self._disks]
+                disks = [disk.index for disk in info.disks if disk.target in disks_carried]
                 each = (self._coverage.reached(run, index, info.first_seq) for index in disks)
                 reached[run] = min(each, default=SEQ_MAX)
             elif run < newest and run not in self._lost:
@@ -145,10 +171,13 @@ class Shipper:
         return reached
 
     def _connect(self) -> None:
-        vm = Repository.open(self._url).vm(self._name)
-        vm.repository.probe()
-        self._coverage = Coverage(vm.segments())
-        self._vm = vm
+        def connected() -> tuple[VmRepository, Coverage]:
+            vm = Repository.open(self._url).vm(self._name)
+            vm.repository.probe()
+            return vm, Coverage(vm.segments())
+
+        self._vm, self._coverage = self._sender.run(connected)
+        self._meter = None
 
     def _runs_version(self) -> int:
         try:
@@ -157,10 +186,11 @@ class Shipper:
             return 0
 
     def _replan(self) -> None:
+        self._sender.settle()
         self._runs = {info.run: info for info in self._described_runs()}
         self._held = {file.run for file in segment_files(self._journal)}
         self._plan = make_plan(self._runs, self._disks, self._coverage, self._held)
-        self._describe(self._plan.runs)
+        self._sender.run(lambda: self._describe(self._plan.runs))
         if self._backlog is not None:
             self._backlog.cursor.release()
             self._backlog = None
@@ -222,23 +252,33 @@ class Shipper:
         carrier = self._live
         if carrier is None:
             return POLL_SECONDS
-        pulled = carrier.pull()
+        pulled = carrier.pull(self.pace.piece_bytes(PAYLOAD_MAX))
         if isinstance(pulled, Hole):
             self._step_over(carrier, pulled)
             return 0.0
         due_seconds = 0.0 if hurry or pulled is Pulled.FULL else carrier.due_in()
-        if due_seconds == 0.0:
+        if due_seconds == 0.0 and carrier.gathered:
+            if held := self._held_back_seconds():
+                return held
             self._send(carrier)
         if pulled is not Pulled.WAITING:
             return 0.0
-        return min(due_seconds, POLL_SECONDS) or POLL_SECONDS
+        # The oldest record decides when to look again; as long as there is none, nothing is due before it is a second old.
+        return min(due_seconds or POLL_SECONDS, POLL_SECONDS if carrier.gathered else QUIET_POLL_SECONDS)
 
-    def _step_backlog(self) -> None:
+    def _held_back_seconds(self) -> float:
+        """How long the limit holds back what is due, at most until somebody should look at the instructions again."""
+        seconds = min(self.pace.wait_seconds(), POLL_SECONDS)
+        self.held_back = seconds > 0
+        return seconds
+
+    def _step_backlog(self) -> float:
+        """Returns how long the limit holds it back."""
         entry = self._plan.backlog[0]
         if self._backlog is None:
             self._backlog = Carrier(self._journal, entry, growing=False)
         carrier = self._backlog
-        pulled = carrier.pull()
+        pulled = carrier.pull(self.pace.piece_bytes(PAYLOAD_MAX))
         if isinstance(pulled, Hole):
             if entry.last is not None and pulled.last >= entry.last:
                 pulled = Hole(pulled.first, entry.last, pulled.cause)
@@ -246,9 +286,12 @@ class Shipper:
             if pulled.last == entry.last:
                 self._next_entry()
         elif pulled is not Pulled.MORE:
+            if carrier.gathered and (held := self._held_back_seconds()):
+                return held
             self._send(carrier)
             if pulled is not Pulled.FULL:
                 self._close_entry(carrier)
+        return 0.0
 
     def _close_entry(self, carrier: Carrier) -> None:
         """The journal has no more of a backlog's entry: say what is missing of it, and don't look for it again."""
@@ -277,17 +320,23 @@ class Shipper:
         carrier.next_from(hole.last + 1)
 
     def _send(self, carrier: Carrier) -> None:
-        """Put what is gathered as one segment; durable when this returns."""
-        assert self._vm is not None
-        gathered = carrier.gathered
-        if gathered.last < gathered.first:
+        """Begin to put what is gathered as one segment, once the one before is durable."""
+        vm, gathered = self._vm, carrier.gathered
+        assert vm is not None
+        if not gathered:
             return
         # A slow repository must not keep the pool from recycling.
         carrier.cursor.release()
         name, data = gathered.encode(self._name, self._uuid(carrier.entry.run))
-        self._vm.put_segment(name, data)
-        self._coverage.add(name.run, name.mask, name.first, name.last)
-        self._shipped_time_ns = max(gathered.last_time_ns, self._shipped_time_ns or 0)
+
+        def landed() -> None:
+            self._sending = self._meter = None
+            self._coverage.add(name.run, name.mask, name.first, name.last)
+            self._shipped_time_ns = max(gathered.last_time_ns, self._shipped_time_ns or 0)
+
+        self._sender.start(lambda: vm.put_segment(name, data), landed)
+        self._sending = gathered
+        self.pace.spent(len(data))
         carrier.next_from(name.last + 1)
 
     def _uuid(self, run: int) -> bytes:
@@ -303,49 +352,42 @@ class Shipper:
         if self._live is not None:
             self._send(self._live)
 
-    def _unsent_from(self) -> tuple[int, int] | None:
-        """(run, seq) of the first record of the newest run that is not known to be shipped."""
-        if self._live is None:
-            return None
-        run = self._live.entry.run
-        first = next((entry.first for entry in self._plan.backlog if entry.run == run), None)
-        if first is not None and self._backlog is not None and self._backlog.entry.run == run:
-            first = self._backlog.gathered.first
-        return run, self._live.gathered.first if first is None else first
-
     def progress(self) -> Progress:
-        """How far shipping is, now."""
-        if self._meter is not None:
-            return self._meter.progress(self._shipped_time_ns)
-        if self._live is None:
+        """How far shipping is, now. Raises CorruptionError and OSError if the journal cannot be read."""
+        starts = self._unsent_starts() if self._runs else noted_starts(self._journal)
+        if not starts:
             return Progress(None, None, self._shipped_time_ns, None, None)
-        unsent = self._unsent_from()
-        assert unsent is not None
+        run, first = starts[-1]
+        if self._vm is None or self._sender.waits:
+            # It may take long: what it leaves behind is counted, once, and then what is added.
+            if self._meter is None or self._meter.starts != starts:
+                self._meter = Meter(self._journal, starts)
+            self._meter.read()
+            unsent_bytes, lag_seconds = self._meter.unsent_bytes, self._meter.lag_seconds
+        else:
+            unsent_bytes, lag_seconds = self._estimate()
+        return Progress(run, first - 1, self._shipped_time_ns, unsent_bytes, round(lag_seconds, 1))
+
+    def _unsent_starts(self) -> list[tuple[int, int]]:
+        """(run, first seq that is not known to be in the repository) of every run with something left; the newest is the last."""
+        newest = max(self._runs)
+        reached = self._reached(self._disks_known)
+        if reached.get(newest, SEQ_MAX) == SEQ_MAX:
+            return []  # it has none of the disks
+        return [(run, seq + 1) for run, seq in sorted(reached.items()) if seq != SEQ_MAX and run in self._runs]
+
+    def _estimate(self) -> tuple[int, float]:
+        """(bytes, seconds) of lag from what is gathered and how much of the journal lies ahead."""
         carriers = [carrier for carrier in (self._backlog, self._live) if carrier is not None]
-        oldest = min((carrier.gathered.oldest_time_ns or time.time_ns() for carrier in carriers), default=None)
-        lag_seconds = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
+        times = [carrier.oldest_time_ns for carrier in carriers]
         unsent_bytes = sum(carrier.gathered.payload_bytes + carrier.cursor.remaining_bytes() for carrier in carriers)
-        return Progress(unsent[0], unsent[1] - 1, self._shipped_time_ns, unsent_bytes, round(lag_seconds, 1))
-
-
-class _Meter:
-    """How much lies unsent in the journal of a run behind a seq, while the repository cannot be reached."""
-
-    def __init__(self, journal: Path, run: int, seq: int) -> None:
-        self._run = run
-        self._seq = seq
-        self._cursor = Cursor(journal, run, seq, growing=True, payloads=False)
-        self._bytes = 0
-        self._oldest_ns: int | None = None
-
-    def progress(self, shipped_time_ns: int | None) -> Progress:
-        """Read on to the journal's end, headers only."""
-        for _ in range(_METERED_MAX):
-            if (found := self._cursor.read()) is None:
-                break
-            if not isinstance(found, Hole):
-                self._bytes += found.batch.payload_length
-                self._oldest_ns = self._oldest_ns or found.batch.time_ns
-        self._cursor.release()
-        lag_seconds = 0.0 if self._oldest_ns is None else max(0.0, (time.time_ns() - self._oldest_ns) / 1e9)
-        return Progress(self._run, self._seq - 1, shipped_time_ns, self._bytes, round(lag_seconds, 1))
+        if self._sending is not None:
+            times.append(self._sending.oldest_time_ns)
+            unsent_bytes += self._sending.payload_bytes
+        begun = {carrier.entry.run for carrier in carriers}
+        for run in {entry.run for entry in self._plan.backlog} - begun:
+            for file in segment_files(self._journal, run):
+                with contextlib.suppress(FileNotFoundError):
+                    unsent_bytes += file.path.stat().st_size
+        oldest = min((time_ns for time_ns in times if time_ns is not None), default=None)
+        return unsent_bytes, 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)

@@ -31,7 +31,7 @@ async def capture_alone(
         config = load_toml(path)
         raise ConfigError(f"{config.source}: protection is off", "set protection.enabled = true")
     journal = storage.journal or VmPaths(storage.name).default_journal
-    keeper = Keeper(Storage(storage.name, journal, storage.journal_size), "alone", nbd_socket=socket)
+    keeper = Keeper(Storage(storage.name, journal, storage.journal_size, storage.local_history), "alone", nbd_socket=socket)
 
     def load() -> VmConfig:
         return load_toml(path)

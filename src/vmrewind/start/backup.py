@@ -20,7 +20,7 @@ from vmrewind.start.serving import Storage
 async def back_up_vm(handle: VmHandle, targets: Sequence[str], say: Callable[[str], None], progress: Progress) -> dict[str, str]:
     """Make a base of each named disk; {target: base id}. A signal stops it; the next one goes on where it was."""
     config = handle.require_config()
-    keeper = Keeper(Storage(handle.name, handle.journal, config.protection.journal_size), "backup")
+    keeper = Keeper(Storage(handle.name, handle.journal, config.protection.journal_size, config.protection.local_history), "backup")
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -88,13 +88,21 @@ class CaptureChild:
 
     @classmethod
     async def create(
-        cls, paths: VmPaths, journal: Path, journal_size: int, inherit: tuple[int, ...] = (), *, standby: bool = False
+        cls,
+        paths: VmPaths,
+        journal: Path,
+        journal_size: int,
+        inherit: tuple[int, ...] = (),
+        *,
+        local_history: int | None = None,
+        standby: bool = False,
     ) -> CaptureChild:
         """Start the process and wait until its storage space is allotted, or it stands by.
 
         Raises what it reports, or StartError if it reports nothing for too long; then it has been killed.
         """
         command = [sys.executable, "-m", "vmrewind.capture", "--journal", str(journal), "--journal-size", str(journal_size)]
+        command += ["--local-history", str(local_history)] if local_history is not None else []
         command += ["--standby"] if standby else []
         environment = without_credentials(os.environ)
         process = await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit, environment=environment)

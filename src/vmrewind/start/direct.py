@@ -41,7 +41,9 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
             declare_unprotected(config.name, directory, reached, cause, say)
 
         return await _unprotected(config, say, declare)
-    storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
+    storage = Storage(
+        peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size, peeked.local_history
+    )
     keeper = Keeper(storage, "direct")
     stop = asyncio.Event()
     _watch_signals(stop)

@@ -76,7 +76,9 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
         raise ConfigError(f"domain {domain!r} has no vmrewind protection element", "run `vmrewind protect` for it")
     if peeked.name != domain:
         raise ConfigError(f"domain {domain!r}: its XML is of {peeked.name!r}", "virsh dumpxml shows what libvirt has stored")
-    storage = Storage(peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size)
+    storage = Storage(
+        peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size, peeked.local_history
+    )
     keeper = Keeper(storage, "libvirt", qemu_owner())
     stop = asyncio.Event()
     ready = asyncio.Event()

@@ -154,7 +154,8 @@ class Keeper:
         await self._control.listen(self._listen(self.paths.keeper_socket))
         if config.protection.repository is not None:
             auto = config.protection.ship == "auto"
-            write_wanted(self.paths, [disk.target for disk in config.protection.disk] if auto else [])
+            wanted = [disk.target for disk in config.protection.disk] if auto else []
+            write_wanted(self.paths, wanted, config.protection.bandwidth_limit)
             repository = config.protection.repository
             self._repository = repository
             self._ship = await self._create_ship(repository)

@@ -40,6 +40,8 @@ class Storage:
     name: str
     journal: Path
     journal_size: int
+    local_history: int | None
+    """Seconds for which shipped history stays; None: as long as the size allows."""
 
 
 class Deaths:
@@ -161,7 +163,9 @@ class Serving:
     async def _create(self, *, standby: bool) -> CaptureChild:
         inherit = tuple(listener.fileno() for listener in self._listeners)
         storage = self._storage
-        return await CaptureChild.create(self._paths, storage.journal, storage.journal_size, inherit, standby=standby)
+        return await CaptureChild.create(
+            self._paths, storage.journal, storage.journal_size, inherit, local_history=storage.local_history, standby=standby
+        )
 
     # -- keeping
 

@@ -1,12 +1,16 @@
-"""``ship.json``: which disks ship is instructed to carry. A file, so that a ship that was restarted remembers."""
+"""``ship.json``: which disks ship is instructed to carry, and how fast. A file, so that a ship that was restarted remembers."""
 
 from __future__ import annotations
 
 import json
+from typing import Final
 
 from vmrewind.errors import UsageError
 from vmrewind.journal.runs import write_durably
 from vmrewind.paths import VmPaths
+
+UNCHANGED: Final = -1
+"""A limit: what it is now."""
 
 
 def read_wanted(paths: VmPaths) -> list[str]:
@@ -18,18 +22,29 @@ def read_wanted(paths: VmPaths) -> list[str]:
         return []
 
 
-def write_wanted(paths: VmPaths, disks: list[str]) -> None:
-    """Instruct ship; it looks several times a second."""
-    write_durably(paths.ship, json.dumps({"disks": disks}).encode() + b"\n")
+def _read_limit(paths: VmPaths) -> int | None:
+    try:
+        limit = json.loads(paths.ship.read_bytes()).get("bandwidth_limit")
+        return limit if type(limit) is int else None
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return None
 
 
-def switch(paths: VmPaths, known: list[str], named: list[str], *, on: bool) -> list[str]:
-    """Switch shipping on or off for the named disks (none named: all); returns what is carried from now on."""
+def write_wanted(paths: VmPaths, disks: list[str], bandwidth_limit: int | None) -> None:
+    """Instruct ship; it looks once a second. ``bandwidth_limit``: bytes a second, None for none."""
+    write_durably(paths.ship, json.dumps({"disks": disks, "bandwidth_limit": bandwidth_limit}).encode() + b"\n")
+
+
+def switch(paths: VmPaths, known: list[str], named: list[str], *, on: bool, limit: int | None = UNCHANGED) -> list[str]:
+    """Switch shipping on or off for the named disks (none named: all); returns what is carried from now on.
+
+    ``limit``: bytes a second, None for none.
+    """
     for target in named:
         if target not in known:
             raise UsageError(f"{paths.name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
     chosen, before = set(named or known), set(read_wanted(paths))
     after = before | chosen if on else before - chosen
     wanted = [target for target in known if target in after]
-    write_wanted(paths, wanted)
+    write_wanted(paths, wanted, _read_limit(paths) if limit == UNCHANGED else limit)
     return wanted

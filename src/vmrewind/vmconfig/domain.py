@@ -28,10 +28,11 @@ from vmrewind.vmconfig.model import (
     config_error,
     nearest,
     normal_uuid,
+    parse_duration,
     parse_size,
     validate,
 )
-from vmrewind.vmconfig.toml import Storage, peek_size
+from vmrewind.vmconfig.toml import Storage, peek_duration, peek_size
 from vmrewind.vmconfig.xml import (
     DISK,
     GOOD_XML,
@@ -53,6 +54,8 @@ PROTECTION_ATTRIBUTES: Final = frozenset(
         "ship",
         "journal",
         "journal-size",
+        "bandwidth-limit",
+        "local-history",
         "on-journal-full",
         "on-failure",
         "shutdown-timeout-seconds",
@@ -112,11 +115,12 @@ def peek_storage(xml: bytes) -> Storage | None:
         return None
     journal = elements[0].get("journal", "")
     place = Path(journal) if journal.startswith("/") else None
+    local_history = peek_duration(elements[0].get("local-history"))
     try:
-        size = _size(elements[0].get("journal-size", ""))
+        size = _size("journal-size", elements[0].get("journal-size", ""))
     except Invalid:
-        return Storage(name, place, JOURNAL_SIZE_DEFAULT)
-    return Storage(name, place, peek_size(size))
+        return Storage(name, place, JOURNAL_SIZE_DEFAULT, local_history)
+    return Storage(name, place, peek_size(size), local_history)
 
 
 def _full_policy(word: str | None) -> JournalFullPolicy:
@@ -139,7 +143,8 @@ def read_protection(domain: etree._Element) -> Protection:
     for attribute, choices in _CHOICES.items():
         if (value := given.get(attribute)) is not None:
             check_choice(f"protection/@{attribute}", value, choices)
-    size, timeout = given.get("journal-size"), given.get("shutdown-timeout-seconds", "60")
+    size, limit, local_history = given.get("journal-size"), given.get("bandwidth-limit"), given.get("local-history")
+    timeout = given.get("shutdown-timeout-seconds", "60")
     if not (timeout.isascii() and timeout.isdigit() and len(timeout) < 10):
         raise Invalid("protection/@shutdown-timeout-seconds", f"{timeout!r} is not a whole number", 'the default is "60"')
     return Protection(
@@ -148,18 +153,20 @@ def read_protection(domain: etree._Element) -> Protection:
         repository=given.get("repository"),
         ship="on-demand" if given.get("ship") == "on-demand" else "auto",
         journal=given.get("journal"),
-        journal_size=JOURNAL_SIZE_DEFAULT if size is None else _size(size),
+        journal_size=JOURNAL_SIZE_DEFAULT if size is None else _size("journal-size", size),
+        bandwidth_limit=None if limit is None else _size("bandwidth-limit", limit),
+        local_history=None if local_history is None else parse_duration("protection/@local-history", local_history),
         on_journal_full=_full_policy(given.get("on-journal-full")),
         on_failure="start-unprotected" if given.get("on-failure") == "start-unprotected" else "abort",
         shutdown_timeout_seconds=int(timeout),
     )
 
 
-def _size(text: str) -> int:
+def _size(attribute: str, text: str) -> int:
     """With or without a unit: a bare number is bytes, as in TOML."""
     if text.isascii() and text.isdigit() and len(text) < 20:
         return int(text)
-    return parse_size("protection/@journal-size", text)
+    return parse_size(f"protection/@{attribute}", text)
 
 
 def _disks(element: etree._Element) -> list[DiskConfig]:

@@ -30,12 +30,17 @@ FailurePolicy = Literal["abort", "start-unprotected"]
 JOURNAL_SIZE_DEFAULT: Final = 8 << 30
 JOURNAL_SIZE_MIN: Final = 1 << 20
 JOURNAL_SIZE_MAX: Final = 1 << 60
+BANDWIDTH_LIMIT_MIN: Final = 64 << 10
+BANDWIDTH_LIMIT_MAX: Final = 1 << 40
+LOCAL_HISTORY_SECONDS_MAX: Final = 10 * 366 * 86_400
 NAME_BYTES_MAX: Final = 200
 """Leaves room in a directory entry (255 bytes) for what is put around a VM's name."""
 TARGET: Final = re.compile(r"[a-z][a-z0-9_-]{0,30}")
 """Also a valid QEMU node name, which a disk's target becomes: a letter first, 31 characters at most."""
 SIZE: Final = re.compile(r"(\d{1,19})\s*(B|KiB|MiB|GiB|TiB)")
 SIZE_UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+DURATION: Final = re.compile(r"(\d{1,9})\s*([smhd])")
+DURATION_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class Invalid(ValueError):
@@ -64,7 +69,11 @@ class QemuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Protection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is protected, and how. ``journal_size`` is in bytes; ``journal`` None means the state directory."""
+    """What is protected, and how. ``journal`` None means the state directory; ``journal_size`` is in bytes.
+
+    ``bandwidth_limit``: bytes a second that ship sends at most. ``local_history``: seconds for which shipped history stays
+    in the journal; None: as long as the journal's size allows.
+    """
 
     enabled: bool
     disk: list[DiskConfig] = []
@@ -72,6 +81,8 @@ class Protection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ship: ShipMode = "auto"
     journal: str | None = None
     journal_size: int = JOURNAL_SIZE_DEFAULT
+    bandwidth_limit: int | None = None
+    local_history: int | None = None
     on_journal_full: JournalFullPolicy = "drop-history"
     on_failure: FailurePolicy = "abort"
     shutdown_timeout_seconds: int = 60
@@ -139,6 +150,8 @@ def validate_protection(protection: Protection) -> None:
     if protection.journal is not None:
         _check_absolute("protection.journal", protection.journal)
     check_journal_size("protection.journal_size", protection.journal_size)
+    check_bandwidth_limit("protection.bandwidth_limit", protection.bandwidth_limit)
+    check_local_history("protection.local_history", protection.local_history)
     if not 0 <= protection.shutdown_timeout_seconds <= 86_400:
         raise Invalid(
             "protection.shutdown_timeout_seconds",
@@ -216,6 +229,33 @@ def format_size(size_bytes: int) -> str:
     """Bytes in the largest unit that is exact, as ``parse_size`` reads them."""
     units = [unit for unit, factor in SIZE_UNITS.items() if size_bytes % factor == 0]
     return f"{size_bytes // SIZE_UNITS[units[-1]]}{units[-1]}"
+
+
+def parse_duration(key: str, text: str) -> int:
+    """``"24h"`` as seconds. Raises Invalid."""
+    match = DURATION.fullmatch(text.strip())
+    if match is None:
+        raise Invalid(key, f"{text!r} is not a length of time", 'it is a whole number and a unit: "30m", "24h", "7d"')
+    return int(match[1]) * DURATION_UNITS[match[2]]
+
+
+def format_duration(seconds: int) -> str:
+    """Seconds in the largest unit that is exact, as ``parse_duration`` reads them."""
+    unit = next(unit for unit, factor in reversed(DURATION_UNITS.items()) if seconds % factor == 0)
+    return f"{seconds // DURATION_UNITS[unit]}{unit}"
+
+
+def check_bandwidth_limit(key: str, limit: int | None) -> None:
+    """Bounds of a limit in bytes a second."""
+    if limit is not None and not BANDWIDTH_LIMIT_MIN <= limit <= BANDWIDTH_LIMIT_MAX:
+        raise Invalid(key, f"{limit} bytes a second is not a possible limit", "at least 64KiB; leave the key out for none")
+
+
+def check_local_history(key: str, seconds: int | None) -> None:
+    """Bounds of how long shipped history stays."""
+    if seconds is not None and not 0 <= seconds <= LOCAL_HISTORY_SECONDS_MAX:
+        hint = "0s to ten years; leave the key out for as long as the journal's size allows"
+        raise Invalid(key, f"{seconds} seconds is not possible", hint)
 
 
 def check_journal_size(key: str, size_bytes: int) -> None:

@@ -18,7 +18,7 @@ from lxml import etree
 
 from vmrewind.vmconfig.chain import Backing, backing_chain
 from vmrewind.vmconfig.domain import read_protection
-from vmrewind.vmconfig.model import DiskConfig, Invalid, Protection, config_error, format_size, validate_protection
+from vmrewind.vmconfig.model import DiskConfig, Invalid, Protection, config_error, format_duration, format_size, validate_protection
 from vmrewind.vmconfig.xml import (
     DISK,
     NAMESPACE,
@@ -268,6 +268,10 @@ def _write_element(domain: etree._Element, protection: Protection, originals: li
         element.set("journal", protection.journal)
     if protection.journal_size != default.journal_size:
         element.set("journal-size", format_size(protection.journal_size))
+    if protection.bandwidth_limit is not None:
+        element.set("bandwidth-limit", format_size(protection.bandwidth_limit))
+    if protection.local_history is not None:
+        element.set("local-history", format_duration(protection.local_history))
     for attribute in ("on-journal-full", "on-failure", "shutdown-timeout-seconds"):
         field = attribute.replace("-", "_")
         if (value := getattr(protection, field)) != getattr(default, field):

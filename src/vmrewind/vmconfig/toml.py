@@ -29,10 +29,12 @@ from vmrewind.vmconfig.model import (
     VmConfig,
     check_choice,
     check_journal_size,
+    check_local_history,
     check_name,
     config_error,
     nearest,
     normal_uuid,
+    parse_duration,
     parse_size,
     validate,
 )
@@ -65,11 +67,15 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What an early look tells of a VM's journal: ``journal`` None means the state directory, the size is in bytes."""
+    """What an early look tells of a VM's journal: ``journal`` None means the state directory, the size is in bytes.
+
+    ``local_history`` as in ``model.Protection``.
+    """
 
     name: str
     journal: Path | None
     journal_size: int
+    local_history: int | None = None
 
 
 def load_toml(path: Path | str) -> VmConfig:
@@ -99,7 +105,7 @@ def peek_storage(path: Path | str) -> Storage | None:
     if not isinstance(journal, str) or not journal or "\0" in journal:
         journal = None
     place = None if journal is None else Path(_absolute(path, journal))
-    return Storage(name, place, peek_size(protection.get("journal_size")))
+    return Storage(name, place, peek_size(protection.get("journal_size")), peek_duration(protection.get("local_history")))
 
 
 def peek_size(value: object) -> int:
@@ -112,6 +118,18 @@ def peek_size(value: object) -> int:
     except Invalid:
         pass
     return JOURNAL_SIZE_DEFAULT
+
+
+def peek_duration(value: object) -> int | None:
+    """A length of time in any form that it is written in, seconds; None if it is absent or unusable."""
+    try:
+        seconds = parse_duration("", value) if isinstance(value, str) else value
+        if type(seconds) is int:
+            check_local_history("", seconds)
+            return seconds
+    except Invalid:
+        pass
+    return None
 
 
 def _read(path: Path) -> str:
@@ -145,8 +163,9 @@ def _build(path: Path, text: str, raw: dict[str, Any]) -> VmConfig:
     _check_keys(raw, "", "")
     protection = raw.get("protection", {})
     _check_choices(protection)
-    if isinstance(size := protection.get("journal_size"), str):
-        protection["journal_size"] = parse_size("protection.journal_size", size)
+    for name, parse in (("journal_size", parse_size), ("bandwidth_limit", parse_size), ("local_history", parse_duration)):
+        if isinstance(text_value := protection.get(name), str):
+            protection[name] = parse(f"protection.{name}", text_value)
     try:
         document = msgspec.convert(raw, _Document)
     except msgspec.ValidationError as error:
