@@ -21,6 +21,7 @@ from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.memory import MemoryStore
 from vmrewind.repository.repository import Repository
 from vmrewind.repository.secret import secret_of_key_file
+from vmrewind.repository.unlocking import add_key, remove_key
 
 DISK = 8192
 CONFIG = b'name = "web01"'
@@ -123,6 +124,20 @@ def test_any_two_objects_swapped_and_any_object_gone(stored: Stored) -> None:
         assert wrong or "/config/" in key or "/vm.json" in key, key  # which nothing else names
         stored.store.objects[key] = content
     assert stored.read() == {}
+
+
+def test_verify_reads_what_is_encrypted_and_names_a_damaged_slot_beside_a_whole_one(stored: Stored, tmp_path: Path) -> None:
+    url = str(stored.made.repository_path)
+    slot_id = add_key(url, secret_of_key_file(tmp_path / "more"))
+    done = vmrewind("verify", url, "--data", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = stored.made.repository_path / "keys" / f"{slot_id}.json"
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-9])
+    done = vmrewind("verify", url, check=False)
+    assert done.returncode == 7 and path.name in done.stdout + done.stderr, done.stdout + done.stderr
+    remove_key(url, slot_id)
+    assert vmrewind("verify", url, check=False).returncode == 0
 
 
 def test_a_restore_names_damage_and_leaves_no_wrong_image(stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

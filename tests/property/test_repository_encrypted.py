@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hmac
 import itertools
+import struct
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,18 +81,41 @@ def test_a_range_costs_its_pages_and_one_request_once_the_header_is_known() -> N
     assert inner.asked == [(0, HEADER_SIZE), (HEADER_SIZE + 5 * (PAGE + TAG), PAGE + TAG)]
 
 
-def test_an_object_deleted_and_made_anew_is_read_anew() -> None:
+@pytest.mark.parametrize(("offset", "length"), [(PAGE, 5), (0, 0), (5 * PAGE, 1), (PAGE, None)])
+def test_an_object_deleted_and_made_anew_is_read_anew(offset: int, length: int | None) -> None:
+    """Although its header, and so its key, is remembered."""
     inner = MemoryStore()
     one, other = EncryptedStore(inner, KEY), EncryptedStore(inner, KEY)
-    one.put("k", content(3 * PAGE))
-    assert one.get("k", PAGE, 5) == content(3 * PAGE)[PAGE : PAGE + 5]
+    one.put("k", data := content(3 * PAGE))
+    assert one.get("k", PAGE, 5) == data[PAGE : PAGE + 5]
     other.delete("k")
-    for offset, length in [(PAGE, 5), (0, 0), (5 * PAGE, 1), (PAGE, None)]:
-        with pytest.raises(NotFound):
-            one.get("k", offset, length)
-    other.put("k", bytes(2 * PAGE))
-    assert one.get("k", PAGE, 5) == bytes(5)
-    assert one.get("k", PAGE, None) == bytes(PAGE)
+    with pytest.raises(NotFound):
+        one.get("k", offset, length)
+    other.put("k", data)
+    assert one.get("k", PAGE, 5) == data[PAGE : PAGE + 5]
+    other.delete("k")
+    other.put("k", data := bytes(2 * PAGE))
+    assert one.get("k", offset, length) == (data[offset:] if length is None else data[offset : offset + length])
+
+
+def independently(stored: bytes, name: str, key: bytes) -> bytes:
+    """As docs/repository-format.md says, and nothing of vmrewind's."""
+    magic, size, salt, tag = struct.unpack_from("<8sQ32s16s", stored)
+    assert magic == b"VMRWENC1"
+    prk = hmac.digest(salt, key, "sha256")
+    cipher = AESGCM(hmac.digest(prk, name.encode() + b"\x01", "sha256"))
+    assert cipher.decrypt(b"\xff" * 12, tag, stored[:48]) == b""
+    pages = [stored[at : at + 65552] for at in range(64, len(stored), 65552)]
+    plain = b"".join(cipher.decrypt(i.to_bytes(12, "little"), page, None) for i, page in enumerate(pages))
+    assert len(plain) == size
+    return plain
+
+
+@pytest.mark.parametrize("size", EDGES)
+def test_the_format_is_as_documented(size: int) -> None:
+    inner = MemoryStore()
+    EncryptedStore(inner, KEY).put("chunks/ab/cd", content(size))
+    assert independently(inner.objects["chunks/ab/cd"], "chunks/ab/cd", KEY) == content(size)
 
 
 def test_no_key_is_ever_used_for_two_contents_and_equal_contents_are_not_to_be_seen() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import hmac
 import io
 import json
 import os
@@ -12,17 +15,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import blake3
 import pytest
+import xxhash
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tests.failing_store import FailingStore
 from tests.history_tools import exit_code_of_main
 from vmrewind.errors import CorruptionError, RepositoryError, VmrewindError
+from vmrewind.repository.chunks import Chunks, public_key
 from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.memory import MemoryStore
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
 from vmrewind.repository.sealed import seal, unseal
-from vmrewind.repository.secret import KEY_FILE, PASSPHRASE, Secret
+from vmrewind.repository.secret import KEY_FILE, PASSPHRASE, Secret, secret_of_key_file
 from vmrewind.repository.slots import add_slot, open_slots, read_slots
 from vmrewind.repository.unlocking import add_key, key_slots, remove_key
 from vmrewind.start.environment import without_credentials
@@ -139,6 +146,17 @@ def test_a_key_that_does_not_fit_is_refused_and_not_shown(tmp_path: Path, cli: C
         Repository.open(url)
 
 
+def test_a_key_file_is_its_owners_alone_whatever_the_umask_is(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        secret_of_key_file(tmp_path / "keys" / "k")
+    finally:
+        os.umask(mask)
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "keys", tmp_path / "keys" / "k")] == [0o700, 0o600]
+    with pytest.raises(RepositoryError, match="Is a directory"):
+        secret_of_key_file(tmp_path)
+
+
 def test_init_makes_a_key_file_once_and_takes_what_is_given(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     key = tmp_path / "keys" / "site.key"
     code, out, _ = cli("init", tmp_path / "a", "--encrypt", "--key-file", key)
@@ -243,7 +261,13 @@ def test_every_flipped_bit_of_a_slot_is_named_and_another_slot_opens(etc: Path) 
     for content in damaged()[::5]:
         store.objects[key] = content
         assert Repository.open_in(store).id == made.id
-    for slot in [name for name in store.objects if name.startswith("keys/")]:
+    store.objects[key] = whole
+    both = {name: data for name, data in store.objects.items() if name.startswith("keys/")}
+    assert len(both) == 2
+    for slot, data in both.items():
+        store.objects |= both | {slot: seal(unseal(data, "") | {"wrapped": "AAAA"})}
+        assert Repository.open_in(store).id == made.id
+    for slot in both:
         del store.objects[slot]
     with pytest.raises(CorruptionError, match="no key slot below keys/"):
         Repository.open_in(store)
@@ -260,6 +284,31 @@ def test_a_hostile_slot_does_not_eat_the_host(monkeypatch: pytest.MonkeyPatch) -
         store.objects[key] = seal(content | {"kdf": content["kdf"] | change})
         with pytest.raises(CorruptionError, match=key):
             Repository.open_in(store)
+
+
+def test_keys_are_as_documented(etc: Path) -> None:
+    """As docs/repository-format.md says, from a passphrase to an object's bytes, and nothing of vmrewind's."""
+
+    def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
+        return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
+
+    store = MemoryStore()
+    Repository.init_in(store, Secret(PASSPHRASE, WORDS.encode(), "words")).vm("web01").put_config(1, "toml", b"text")
+    repository_id = json.loads(store.objects["repository.json"])["id"].encode()
+    slot = json.loads(next(data for name, data in store.objects.items() if name.startswith("keys/")))
+    salt, wrapped = base64.b64decode(slot["kdf"]["salt"]), base64.b64decode(slot["wrapped"])
+    n = slot["kdf"]["n"]
+    master = hashlib.scrypt(WORDS.encode(), salt=salt, n=n, r=slot["kdf"]["r"], p=slot["kdf"]["p"], dklen=32, maxmem=1 << 28)
+    assert hkdf(master, salt, b"vmrewind 1: check").hex() == slot["check"]
+    rest = {name: value for name, value in slot.items() if name not in ("wrapped", "checksum")}
+    associated = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+    key = AESGCM(hkdf(master, salt, b"vmrewind 1: wrapping")).decrypt(bytes(12), wrapped, associated)
+    (name,) = (name for name in store.objects if "/config/" in name)
+    stored = store.objects[name]
+    objects = hkdf(key, repository_id, b"vmrewind 1: objects")
+    assert AESGCM(hkdf(objects, stored[16:48], name.encode())).decrypt(bytes(12), stored[64:], None) == b"text"
+    digest = blake3.blake3(b"text", key=hkdf(key, repository_id, b"vmrewind 1: names")).hexdigest()[:16]
+    assert name.endswith(f"-{digest}.toml")
 
 
 def test_too_many_slots_are_refused_before_they_are_tried(etc: Path) -> None:
@@ -358,6 +407,29 @@ def test_equal_content_in_two_repositories_has_no_equal_names_or_bytes(etc: Path
     # Behind magic and size; eight equal bytes by chance: 1 in 10^13.
     windows = [{data[at : at + 8] for data in objects.values() for at in range(16, len(data) - 8)} for objects in (one, other)]
     assert windows[0].isdisjoint(windows[1])
+
+
+def test_names_tell_nothing_of_contents_to_those_who_know_the_repository_id(etc: Path) -> None:
+    store = MemoryStore()
+    repository = Repository.init_in(store, of_file())
+    data = b"a piece that everybody has, of some distribution's image"
+    repository.chunks.put(data)
+    repository.vm("web01").put_config(1, "toml", data)
+    public = Chunks(store, public_key(repository.id), verified=False).id(data)
+    assert [key for key in store.objects if public in key or xxhash.xxh3_64_hexdigest(data) in key] == []
+
+
+def test_a_damaged_chunk_in_an_encrypted_directory_is_made_whole_by_the_next_backup(tmp_path: Path) -> None:
+    repository = Repository.init(str(tmp_path / "repo"), of_file())
+    chunk_id, sent = repository.chunks.put(b"data" * 1000)
+    assert sent > 0
+    (path,) = (tmp_path / "repo" / "chunks").glob("*/*")
+    path.chmod(0o600)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CorruptionError, match=chunk_id):
+        repository.read_chunk(chunk_id)
+    assert repository.chunks.put(b"data" * 1000)[0] == chunk_id
+    assert repository.read_chunk(chunk_id) == b"data" * 1000
 
 
 def test_capture_and_qemu_are_not_given_what_opens_a_repository() -> None:

@@ -90,6 +90,7 @@ class Verification:
                 parts += [self._vm(name) for name in names]
             parts.append(self._chunk_part())
             if self._scope.vms is None:
+                self._key_slots()
                 self._strangers()
         except _Away:
             pass
@@ -311,6 +312,18 @@ class Verification:
     def _unread_bases(self) -> bool:
         """Whether there are bases of which it is not known what they name."""
         return self._failures > 0 or any(_base in vm.damaged for vm, _ in self._vms for _base in vm.base_keys)
+
+    # -- keys
+
+    def _key_slots(self) -> None:
+        if not self._repository.encrypted:
+            return
+        from vmrewind.repository.slots import read_slots
+
+        with self._asking(None, layout.KEYS):
+            for what in read_slots(self._store, self._repository.id).damaged:
+                remedy = f"put it back from a copy, or: vmrewind key remove {self._repository.url} SLOT"
+                self._found(Finding(Kind.DAMAGE, None, layout.KEYS, f"{what}; another key slot opens the repository", remedy))
 
     # -- what is nobody's
 

@@ -6,6 +6,7 @@ puts another ``repository.json`` into the store would have history written, or d
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Final
@@ -53,11 +54,12 @@ def allow_new(url: str, *, encrypted: bool) -> None:
 
 
 def pin(url: str, repository_id: str) -> None:
-    """Remember an encrypted repository that was opened with its key, or made. Raises OSError."""
+    """Remember an encrypted repository that was opened with its key, or made. Where nothing can be written, nothing is."""
     path, place = _pin(url)
     content = json.dumps({"url": place, "repository": repository_id}).encode() + b"\n"
-    if not path.is_file() or path.read_bytes() != content:
-        write_durably(path, content)
+    with contextlib.suppress(OSError):
+        if not path.is_file() or path.read_bytes() != content:
+            write_durably(path, content)
 
 
 def _pin(url: str) -> tuple[Path, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import secrets
 from collections.abc import Callable, Container
@@ -103,8 +102,7 @@ class Repository:
         allow_known(url, description)
         repository = cls._opened(store, description)
         if repository.encrypted:
-            with contextlib.suppress(OSError):  # a state directory that cannot be written to is nothing that a reader minds
-                pin(url, repository.id)
+            pin(url, repository.id)
         return repository
 
     @classmethod
