@@ -25,7 +25,7 @@ class Command:
         self._monkeypatch.setattr(sys, "argv", ["vmrewind", *map(str, arguments)])
         code = exit_code_of_main()
         captured = self._capsys.readouterr()
-        return code, captured.out + captured.err
+        return code, captured.out if code == 0 else captured.out + captured.err
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ Report = Callable[[CorruptionError], None]
 RESTORE_PENDING = "restore-pending.json"
 """In a journal directory: a restore in place has begun and not ended, so the images hold no moment."""
 
+TAKEOVER_PENDING = "takeover-pending.json"
+"""In a journal directory: a takeover has begun and not ended, so the VM is not this host's yet."""
+
 
 def new_run_id() -> int:
     """A run id that sorts by time and that no other host will make: unix milliseconds, then 22 random bits."""

@@ -59,7 +59,7 @@ def restore_in_place(
     well; ImageError if an image is in use, of another size, or holds what no history has, unless ``discard_unprotected`` is
     given; SpaceError; and what the views raise, before anything is changed.
     """
-    with _stopped(journal), ExitStack() as opened:
+    with stopped(journal), ExitStack() as opened:
         begun = pending(journal)
         if begun is not None and (others := set(begun[1]) - set(images)):
             names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
@@ -136,7 +136,7 @@ def _refuse_unrecorded(name: str, journal: Path, images: Mapping[str, Path]) -> 
 
 
 @contextmanager
-def _stopped(journal: Path) -> Iterator[None]:
+def stopped(journal: Path) -> Iterator[None]:
     """Keep captures off the journal meanwhile, by the lock that a capture holds as long as it lives."""
     try:
         fd = os.open(journal, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,7 +1,8 @@
 """Whether a disk's history can be gone on from: a base below it, and no hole between that base and the moment.
 
 Answered from names and headers alone (local segment headers, the names of shipped objects), so that a VM's start costs the same
-however long its history is. Damage inside a segment is found by whoever reads it, not here.
+however long its history is; only whether a resync came to its end is read from records. Damage
+inside a segment is found by whoever reads it, not here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from vmrewind.errors import CorruptionError
+from vmrewind.history.records import RunRecords
+from vmrewind.history.sources import ShippedSource, object_cache
 from vmrewind.journal import format as fmt
 from vmrewind.journal.closed_gaps import gap_noted_closed
 from vmrewind.journal.reader import Segment, records, segment_files
@@ -87,6 +90,18 @@ def gap_closed(journal: Path, run: int, disk: int, last: int) -> bool:
         except (CorruptionError, FileNotFoundError):
             continue
     return False
+
+
+def _gap_closed_there(repository: VmRepository | None, shipped: list[SegmentName], run: int, disk: int) -> bool:
+    """The same of a run whose segments are not here: it ran on another host, or was recycled."""
+    if repository is None:
+        return False
+    cache = object_cache()
+    sources = [ShippedSource(repository, name, cache) for name in shipped if name.run == run and name.carries(disk)]
+    try:
+        return RunRecords(run, [], sources, []).gap_closed(disk, 0, (1 << 64) - 1) is not None
+    except CorruptionError:
+        return False
 
 
 def newest_run(runs: Iterable[RunInfo]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmrewind.capture.recovery import find_end, recover
 from vmrewind.errors import ImageError, SupersededError, VmrewindError, VmStateError
-from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
+from vmrewind.journal.runs import RESTORE_PENDING, TAKEOVER_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
 from vmrewind.vmconfig.model import VmConfig
 
 
@@ -17,6 +17,15 @@ def refuse_half_restored(name: str, journal: Path) -> None:
         raise VmStateError(
             f"{name}: a restore in place was interrupted, so its images are half old and half restored",
             f"run `vmrewind restore {name} --in-place` again: it completes it",
+        )
+
+
+def refuse_half_taken_over(name: str, journal: Path) -> None:
+    """Raise VmStateError if a takeover was interrupted: whose the VM is, and which images are its own, is not settled."""
+    if (journal / TAKEOVER_PENDING).exists():
+        raise VmStateError(
+            f"{name}: a takeover onto this host was begun and did not end",
+            f"run it again, it goes on; to give it up, remove {journal / TAKEOVER_PENDING}",
         )
 
 
@@ -38,6 +47,7 @@ def make_whole(name: str, journal: Path, say: Callable[[str], None]) -> Position
     be started, protected or not.
     """
     refuse_half_restored(name, journal)
+    refuse_half_taken_over(name, journal)
     recovered = recover(journal, say)
     return recovered.position if recovered is not None else None
 

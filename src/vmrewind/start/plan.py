@@ -39,7 +39,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
-from vmrewind.start.images import known_end, refuse_half_restored
+from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.supersession import Answer, ask, refuse_superseded
 from vmrewind.vmconfig.model import VmConfig
 
@@ -164,8 +164,9 @@ class Planner:
         return Plan(info, identities, resync)
 
     def refuse_pending_restore(self) -> None:
-        """Raise VmStateError if the images are between two moments."""
+        """Raise VmStateError if the images are between two moments, or between two hosts."""
         refuse_half_restored(self.config.name, self.journal)
+        refuse_half_taken_over(self.config.name, self.journal)
 
     def vm_uuid(self) -> str:
         """The VM's identity: given, known from earlier, or new."""
