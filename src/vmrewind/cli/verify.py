@@ -6,11 +6,13 @@ import json as json_module
 import re
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 from rich.filesize import decimal
 
+from vmrewind.cli.drill import DrillOptions, run_drill
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError
 from vmrewind.history.moments import format_time
@@ -34,12 +36,33 @@ def verify(
     data: Annotated[bool, Parameter(negative="", help="Read every byte and check every checksum.")] = False,
     all: Annotated[bool, Parameter(negative="", help="With --data: also what an earlier verification has read.")] = False,  # noqa: A002
     older_than: Annotated[str | None, Parameter(help="With --data: read again what was read longer ago, e.g. 30d or 12h.")] = None,
+    drill: Annotated[
+        bool, Parameter(negative="", help="Restore a random moment of a VM into scratch space and boot it, without any network.")
+    ] = False,
+    at: Annotated[str | None, Parameter(allow_leading_hyphen=True, help="With --drill: this moment.")] = None,
+    seed: Annotated[int | None, Parameter(help="With --drill: choose the moment by this number, as an earlier drill did.")] = None,
+    scratch: Annotated[Path | None, Parameter(help="With --drill: a directory with room for the disks.")] = None,
+    until: Annotated[
+        str | None, Parameter(help="With --drill: the text to wait for on the serial console; default: the guest agent's answer.")
+    ] = None,
+    seconds: Annotated[int | None, Parameter(help="With --drill: how long to wait for it; default: 300.")] = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object for each finding, then a summary.")] = False,
 ) -> int:
     """Verify what a repository holds: that nothing is missing and, with --data, that every byte is what it was.
 
     Exit code 0: sound; 7: damaged; 5: nothing damaged was found, but not everything could be checked.
+    Of a drill 0: it booted; 1: it did not.
     """
+    options = DrillOptions(at, seed, scratch, until, seconds)
+    if drill:
+        if data or all or older_than is not None:
+            raise UsageError("--drill is a verification of its own", "leave out --data, --all and --older-than")
+        if (stored := parse_stored(target)) is None:
+            raise UsageError(f"{target}: --drill boots one VM of a repository", "write URL/VM")
+        with stored.history() as history:
+            return run_drill(history, options, json=json)
+    if options != DrillOptions(None, None, None, None, None):
+        raise UsageError("--at, --seed, --scratch, --until and --seconds are for --drill", "add --drill")
     again_ns = _again_ns(data=data, everything=all, older_than=older_than)
     repository, vm = _open(target)
     counts: Counter[Kind] = Counter()

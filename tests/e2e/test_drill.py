@@ -1,0 +1,189 @@
+"""``vmrewind verify --drill``: a moment that boots passes, one that does not fails, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from guests.grub import grub_disk
+from guests.machine import qemu_command
+from guests.protected import VMREWIND, Disk, ProtectedVm, vmrewind
+from vmrewind.errors import SpaceError
+from vmrewind.history.resolve import resolve
+from vmrewind.recover.drill import Wanted
+from vmrewind.recover.drill import drill as drill_it
+from vmrewind.recover.drill_machine import machine_of
+from vmrewind.repository.repository import Repository
+from vmrewind.start.resolve import StoredVm
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+XML = b"""<domain type='qemu'><name>web</name><memory unit='MiB'>192</memory><vcpu>1</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type></os>
+<devices><interface type='network'/><hostdev mode='subsystem' type='pci'/>
+<disk type='network' device='disk'><target dev='vda' bus='sata'/></disk></devices></domain>"""
+
+
+class Stored:
+    """A VM of which just a repository is left: at ``sound`` its disk boots itself, at ``latest`` its first MiB is zeroes."""
+
+    def __init__(self, directory: Path) -> None:
+        disk = grub_disk(directory / "vda.raw")
+        command = [*qemu_command(directory / "serial"), "-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n"]
+        self.vm = ProtectedVm(directory, "web", command, [Disk("vda", disk.path)])
+        vmrewind("init", self.vm.repository)
+        vmrewind("backup", self.vm.config)
+        self.sound = self._newest()
+        with subprocess.Popen([VMREWIND, "capture", self.vm.config], stdout=subprocess.PIPE, text=True) as capture:
+            assert capture.stdout is not None
+            uri = json.loads(capture.stdout.readline())["disks"]["vda"]["uri"]
+            subprocess.run(
+                ["qemu-io", "-f", "raw", "-c", "write -z 0 1M", "-c", "flush", uri], check=True, stdout=subprocess.DEVNULL
+            )
+            capture.send_signal(signal.SIGTERM)
+        vmrewind("ship", "on", self.vm.config)
+        self.stored = f"{self.vm.repository}/web"
+
+    def _newest(self) -> str:
+        return f"seq:{self.vm.status()['last_record']['seq']}"
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stored]:
+    directory = tmp_path_factory.mktemp("stored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
+        patch.setenv("VMREWIND_RUNTIME_DIR", str(directory / "run"))
+        made = Stored(directory)
+    yield made
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    directory = tmp_path / "scratch"
+    directory.mkdir()
+    return directory
+
+
+def drill(stored: Stored, scratch: Path, *arguments: str) -> tuple[int, dict[str, object]]:
+    done = vmrewind("verify", stored.stored, "--drill", "--scratch", scratch, "--json", *arguments, check=False)
+    assert list(scratch.iterdir()) == []
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+def machines(scratch: Path) -> list[int]:
+    """Pids of the QEMUs that have a disk of this scratch directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(scratch).encode() in words and b"qemu-system" in words.split(b"\0")[0]:
+            found.append(int(process.name))
+    return found
+
+
+def wait_until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def test_a_moment_that_boots_passes(stored: Stored, scratch: Path) -> None:
+    code, told = drill(stored, scratch, "--at", stored.sound, "--until", "GUEST WROTE", "--seconds", "120")
+    assert (code, told["drill"]) == (0, "passed"), told
+    assert told["seed"] is None
+    assert "virtio-net" in str(told["left_out"]), "no network"
+    assert "-netdev" in str(told["left_out"])
+    assert float(str(told["restore_seconds"])) > 0 < float(str(told["boot_seconds"]))
+
+
+def test_a_moment_that_does_not_boot_fails(stored: Stored, scratch: Path) -> None:
+    code, told = drill(stored, scratch, "--at", "latest", "--until", "GRUB STARTED", "--seconds", "4")
+    assert (code, told["drill"]) == (1, "failed")
+    assert "did not appear" in str(told["outcome"]) or "ended before" in str(told["outcome"])
+
+
+def test_a_sign_that_never_comes_fails_in_time_and_the_seed_chooses_the_same_moment(stored: Stored, scratch: Path) -> None:
+    code, told = drill(stored, scratch, "--until", "NEVER", "--seconds", "1")
+    assert (code, told["drill"]) == (1, "failed")
+    code, again = drill(stored, scratch, "--until", "NEVER", "--seconds", "1", "--seed", str(told["seed"]))
+    assert (code, told["seq"]) == (1, again["seq"])
+    code, told = drill(stored, scratch, "--at", stored.sound, "--seconds", "1")
+    assert "the guest agent did not answer within 1 s" in str(told["outcome"])
+
+
+def test_a_libvirt_domain_boots_in_a_qemu_of_our_own(stored: Stored, scratch: Path) -> None:
+    repository = Repository.open(str(stored.vm.repository)).vm("web")
+    newest = repository.configs()[-1]
+    repository.put_config(newest.time_ns + 1_000_000, "xml", XML)
+    key = repository.configs()[-1].key
+    try:
+        code, told = drill(stored, scratch, "--at", stored.sound, "--until", "GRUB STARTED", "--seconds", "60")
+    finally:
+        repository.repository.store.delete(key)
+    assert code == 0, told
+    assert told["left_out"] == ["<interface>", "<hostdev>"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_behind(stored: Stored, scratch: Path, number: signal.Signals) -> None:
+    command = [VMREWIND, "verify", stored.stored, "--drill", "--at", stored.sound, "--scratch", scratch, "--until", "NEVER"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        wait_until(lambda: machines(scratch) or process.poll() is not None, "the machine runs")
+        (pid,) = machines(scratch)
+        process.send_signal(number)
+        assert process.wait(60) == (130 if number != signal.SIGKILL else -signal.SIGKILL)
+    wait_until(lambda: not machines(scratch), f"QEMU {pid} ends")
+    if number != signal.SIGKILL:
+        assert list(scratch.iterdir()) == []
+
+
+def test_too_little_space_is_told_before_anything_is_restored(
+    stored: Stored, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 2**30 - 2**20, 2**20))
+    with StoredVm("web", str(stored.vm.repository)).history() as history:
+        position = resolve(history, history.branch(), stored.sound, ["vda"])
+        with pytest.raises(SpaceError, match=f"{scratch}: 1048576 bytes are free"):
+            drill_it(history, ["vda"], position, Wanted("NEVER", 1, scratch), lambda *_: pytest.fail("nothing is restored"))
+    assert list(scratch.iterdir()) == []
+
+
+def test_what_does_not_make_sense_is_refused(stored: Stored, scratch: Path) -> None:
+    assert vmrewind("verify", stored.stored, "--drill", "--scratch", scratch / "none", check=False).returncode == 2
+    assert vmrewind("verify", str(stored.vm.repository), "--drill", check=False).returncode == 2
+    assert vmrewind("verify", stored.stored, "--at", "latest", check=False).returncode == 2
+
+
+def test_of_a_command_line_only_what_boots_the_machine_is_kept() -> None:
+    document = b"""
+[qemu]
+command = ["qemu-system-x86_64", "-m", "256", "--nic", "user", "-drive", "file=/other.raw,if=virtio", "-qmp", "unix:/x,server=on",
+ "-drive", "if=pflash,format=raw,readonly=on,file=/code.fd", "-drive", "if=pflash,format=raw,file=/vars.fd", "-daemonize",
+ "-device", "virtio-scsi-pci,id=s", "-device", "scsi-hd,drive=sda,bus=s.0", "-device", "scsi-hd,drive=foreign",
+ "-device", "vfio-pci,host=1",
+ "/another.raw", "-S", "-virtfs", "local,path=/home"]
+[[protection.disk]]
+target = "sda"
+device = "none"
+[[protection.disk]]
+target = "vda"
+"""
+    machine = machine_of(document, "toml", "a test")
+    assert machine.command == [
+        "qemu-system-x86_64", "-m", "256", "-drive", "if=pflash,format=raw,readonly=on,file=/code.fd",
+        "-device", "virtio-scsi-pci,id=s", "-device", "scsi-hd,drive=sda,bus=s.0",
+    ]  # fmt: skip
+    assert machine.devices == {"sda": "", "vda": "virtio-blk-pci"}
+    assert len(machine.left_out) == 10
