@@ -47,6 +47,11 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Make a range of a file a hole, which reads as zeroes. Raises OSError where that cannot be done."""
+    _fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+
+
 def _supports(fd: int, mode: int) -> bool:
     try:
         _fallocate(fd, mode | _FALLOC_KEEP_SIZE, 0, 4096)

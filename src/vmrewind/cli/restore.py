@@ -51,7 +51,7 @@ def restore(
         if history.problem is not None:
             print(f"the repository is left out: {history.problem}", file=sys.stderr)
         chosen = history.branch(branch)
-        targets = _chosen_disks(found.name, disk, chosen.targets)
+        targets = chosen_disks(found.name, disk, chosen.targets)
         begun = pending(own.journal) if own is not None else None
         if at is not None:
             position = resolve(history, chosen, at, targets)
@@ -87,7 +87,8 @@ def _on_this_host(found: VmHandle | StoredVm) -> VmHandle:
     return found
 
 
-def _chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
+def chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
+    """The disks that were asked for, default all of them; raises UsageError for one that there is not."""
     for target in wanted or ():
         if target not in known:
             raise UsageError(f"{name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")

@@ -62,6 +62,7 @@ INFO_BLOCK_SIZE: Final = 3
 
 # Transmission flags.
 FLAG_HAS_FLAGS: Final = 1 << 0
+FLAG_READ_ONLY: Final = 1 << 1
 FLAG_SEND_FLUSH: Final = 1 << 2
 FLAG_SEND_FUA: Final = 1 << 3
 FLAG_SEND_TRIM: Final = 1 << 5

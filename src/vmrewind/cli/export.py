@@ -1,0 +1,91 @@
+"""``vmrewind export``."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+from cyclopts import Parameter
+
+from vmrewind.cli.restore import chosen_disks
+from vmrewind.errors import UsageError
+from vmrewind.history.moments import FORMS, format_time
+from vmrewind.history.resolve import resolve
+from vmrewind.history.view import View
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import private_directory
+from vmrewind.paths import VmPaths
+from vmrewind.recover.export_server import ExportServer
+from vmrewind.recover.scratch import Scratch
+from vmrewind.start.children import listen
+from vmrewind.start.resolve import open_any
+
+
+def export(
+    vm: Annotated[str, Parameter(help="The VM: its TOML file, its name, or URL/VM in a repository.")],
+    /,
+    *,
+    at: Annotated[str, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}.")],
+    disk: Annotated[list[str] | None, Parameter(negative="", help="Only this disk (may be repeated).")] = None,
+    socket: Annotated[Path | None, Parameter(help="Listen here; default: a socket in the VM's runtime directory.")] = None,
+    writable: Annotated[
+        bool, Parameter(negative="", help="Take writes, into a scratch file that goes with this command; history stays as it is.")
+    ] = False,
+    scratch: Annotated[
+        Path | None, Parameter(help="Directory for the scratch files; default: the one for temporary files.")
+    ] = None,
+    branch: Annotated[
+        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative="", help="Print one JSON object once the disks are served.")] = False,
+) -> None:
+    """Serve a VM's disks as they were at a moment over NBD, until interrupted (SIGINT, SIGTERM). Nothing is copied beforehand."""
+    if scratch is not None and not writable:
+        raise UsageError("--scratch is for --writable", "leave it out, or add --writable")
+    found = open_any(vm)
+    path = (socket or VmPaths(found.name).runtime / f"export-{os.getpid()}.sock").absolute()
+    if socket is not None and path.exists():
+        raise UsageError(f"{path}: exists already", "name a socket that is not there yet, or remove it if nobody listens")
+    with found.history() as history:
+        if history.problem is not None:
+            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        chosen = history.branch(branch)
+        targets = chosen_disks(found.name, disk, chosen.targets)
+        position = resolve(history, chosen, at, targets)
+        directory = scratch or Path(tempfile.gettempdir())
+        disks: dict[str, View | Scratch] = {}
+        for target in targets:
+            view = View.open(history, target, position)
+            disks[target] = Scratch(view, directory) if writable else view
+        signals = {signal.SIGINT, signal.SIGTERM}
+        # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        private_directory(path.parent)
+        listener = listen(path, None)
+        server = ExportServer(disks, listener, lambda what: print(f"export: {what}", file=sys.stderr, flush=True))
+        server.start()
+        try:
+            uris = {target: f"nbd+unix:///{quote(target, safe='')}?socket={quote(str(path))}" for target in targets}
+            if json:
+                served = {target: {"uri": uris[target], "size": disks[target].size} for target in targets}
+                where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
+                print(
+                    json_module.dumps({"event": "ready", "vm": found.name, **where, "writable": writable, "disks": served}),
+                    flush=True,
+                )
+            else:
+                print(f"{found.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}):")
+                for uri in uris.values():
+                    print(f"  {uri}")
+                print("served until this command is interrupted", flush=True)
+            signal.sigwait(signals)
+        finally:
+            server.stop()
+            listener.close()
+            path.unlink(missing_ok=True)

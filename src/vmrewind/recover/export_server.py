@@ -1,0 +1,289 @@
+"""An NBD server of disks that are composed as they are read: a thread for each client, a few more that read and write for all.
+
+Unlike capture's it may wait: a read can mean a request to an object store. So requests of one client are carried out beside one
+another, and answered as they are done, which the protocol allows.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from vmrewind.errors import VmrewindError
+from vmrewind.history.view import View
+from vmrewind.nbd import protocol as nbd
+from vmrewind.nbd.negotiation import CONTEXT_ID, ExportInfo, Handshake, ProtocolError
+from vmrewind.recover.scratch import Scratch
+
+_REQUEST_LENGTH_MAX: Final = 32 << 20
+_WORKERS: Final = 8
+_IN_FLIGHT_MAX: Final = 16
+"""Requests of one client that are being carried out; more are left in its socket, so that memory stays bounded."""
+_CLIENTS_MAX: Final = 64
+_HANDSHAKE_SECONDS: Final = 10.0
+_EXTENTS_MAX: Final = 4096
+_POLL_SECONDS: Final = 0.5
+
+
+class ExportServer:
+    """Serves disks by name on one listening socket, views read-only. ``start`` returns at once; ``stop`` ends every connection.
+
+    ``complain`` is told, once for each reason, why a client got an error.
+    """
+
+    def __init__(self, disks: Mapping[str, View | Scratch], listener: socket.socket, complain: Callable[[str], None]) -> None:
+        self._disks = disks
+        self._listener = listener
+        self._exports = {name: _export(name, disk) for name, disk in disks.items()}
+        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="export")
+        self._clients: dict[socket.socket, threading.Thread] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._complain = complain
+        self._acceptor = threading.Thread(target=self._accept, name="export-accept", daemon=True)
+        self._told: set[str] = set()
+
+    def start(self) -> None:
+        """Accept clients from now on."""
+        self._listener.settimeout(_POLL_SECONDS)
+        self._acceptor.start()
+
+    def stop(self) -> None:
+        """Hang up on everybody and wait for what is being done."""
+        self._stopping.set()
+        self._acceptor.join()
+        with self._lock:
+            clients = dict(self._clients)
+        for sock in clients:
+            _shut(sock)
+        for thread in clients.values():
+            thread.join()
+        self._pool.shutdown()
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:
+                continue
+            with self._lock:
+                if len(self._clients) >= _CLIENTS_MAX:
+                    sock.close()
+                    continue
+                thread = threading.Thread(target=self._serve, args=(sock,), name="export-client", daemon=True)
+                self._clients[sock] = thread
+            thread.start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(_HANDSHAKE_SECONDS)
+            handshake = Handshake(self._exports)
+            sock.sendall(handshake.greeting)
+            while handshake.chosen is None and not handshake.closed:
+                if not (received := sock.recv(65536)):
+                    return
+                sock.sendall(handshake.feed(received))
+            if handshake.chosen is not None:
+                sock.settimeout(None)
+                _Client(sock, self._disks[handshake.chosen.name], handshake, self._pool, self._tell).serve()
+        except (OSError, ProtocolError):
+            pass  # It has gone, or speaks something else.
+        finally:
+            with self._lock:
+                del self._clients[sock]
+            sock.close()
+
+    def _tell(self, what: str) -> None:
+        with self._lock:
+            if what in self._told:
+                return
+            self._told.add(what)
+        self._complain(what)
+
+
+def _export(name: str, disk: View | Scratch) -> ExportInfo:
+    flags = nbd.FLAG_HAS_FLAGS | nbd.FLAG_SEND_FLUSH | nbd.FLAG_SEND_DF | nbd.FLAG_CAN_MULTI_CONN | nbd.FLAG_SEND_CACHE
+    flags |= (
+        nbd.FLAG_SEND_TRIM | nbd.FLAG_SEND_WRITE_ZEROES | nbd.FLAG_SEND_FUA if isinstance(disk, Scratch) else nbd.FLAG_READ_ONLY
+    )
+    return ExportInfo(name, disk.size, flags, 1, 65536, _REQUEST_LENGTH_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    flags: int
+    command: int
+    cookie: int
+    offset: int
+    length: int
+    payload: memoryview
+
+
+_ALLOWED_FLAGS: Final = {
+    nbd.CMD_READ: nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_DF,
+    nbd.CMD_WRITE: nbd.CMD_FLAG_FUA,
+    nbd.CMD_FLUSH: nbd.CMD_FLAG_FUA,
+    nbd.CMD_TRIM: nbd.CMD_FLAG_FUA,
+    nbd.CMD_CACHE: nbd.CMD_FLAG_FUA,
+    nbd.CMD_WRITE_ZEROES: nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE,
+    nbd.CMD_BLOCK_STATUS: nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_REQ_ONE,
+}
+_CHANGES: Final = (nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES)
+
+
+class _Client:
+    """One client in the transmission phase."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        disk: View | Scratch,
+        handshake: Handshake,
+        pool: ThreadPoolExecutor,
+        complain: Callable[[str], None],
+    ) -> None:
+        self._sock = sock
+        self._disk = disk
+        self._structured = handshake.structured
+        self._block_status = handshake.block_status
+        self._received = memoryview(bytes(handshake.buffer))
+        self._pool = pool
+        self._complain = complain
+        self._room = threading.BoundedSemaphore(_IN_FLIGHT_MAX)
+        self._sending = threading.Lock()
+
+    def serve(self) -> None:
+        """Carry out what the client asks until it goes; everything it asked for is answered before this returns."""
+        try:
+            while (request := self._next()) is not None:
+                self._room.acquire()
+                self._pool.submit(self._carry_out, request)
+        finally:
+            for _ in range(_IN_FLIGHT_MAX):
+                self._room.acquire()
+
+    def _next(self) -> _Request | None:
+        """The next request, None if the client said goodbye, is gone, or speaks something else."""
+        head = self._receive(nbd.REQUEST.size)
+        if head is None:
+            return None
+        magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack(head)
+        if magic != nbd.REQUEST_MAGIC or command == nbd.CMD_DISC:
+            return None
+        payload: memoryview | None = memoryview(b"")
+        if command == nbd.CMD_WRITE:
+            # A longer payload would have to be read to get past it; the protocol allows to hang up.
+            payload = self._receive(length) if length <= _REQUEST_LENGTH_MAX else None
+        return None if payload is None else _Request(flags, command, cookie, offset, length, payload)
+
+    def _receive(self, size: int) -> memoryview | None:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        taken = min(size, len(self._received))
+        view[:taken], self._received = self._received[:taken], self._received[taken:]
+        while taken < size:
+            got = self._sock.recv_into(view[taken:])
+            if not got:
+                return None
+            taken += got
+        return view
+
+    def _carry_out(self, request: _Request) -> None:
+        try:
+            try:
+                answer = self._answer(request)
+            except VmrewindError as error:
+                self._complain(f"{error} ({error.hint})" if error.hint else str(error))
+                answer = self._failed(request, nbd.EIO)
+            except OSError as error:
+                self._complain(f"{error.strerror or error}")
+                answer = self._failed(request, nbd.wire_error(error.errno))
+            except Exception as error:  # noqa: BLE001 - a defect must be told, and must not leave the client waiting
+                self._complain(repr(error))
+                answer = self._failed(request, nbd.EIO)
+            with self._sending:
+                self._sock.sendall(answer)
+        except OSError:
+            _shut(self._sock)  # The client has gone; its receiving end finds out.
+        finally:
+            self._room.release()
+
+    def _answer(self, request: _Request) -> bytes:
+        if error := self._refusal(request):
+            return self._failed(request, error)
+        disk = self._disk
+        if request.command == nbd.CMD_READ and request.length:
+            return self._data(request, disk.read(request.offset, request.length))
+        if request.command == nbd.CMD_BLOCK_STATUS:
+            return self._status(request)
+        if isinstance(disk, Scratch):
+            if request.command == nbd.CMD_WRITE:
+                disk.write(request.offset, request.payload)
+            elif request.command in _CHANGES:
+                disk.zero(request.offset, request.length)
+        return self._done(request)
+
+    def _refusal(self, request: _Request) -> int:
+        """The protocol's error for a request that is not to be carried out, 0 for one that is."""
+        allowed = _ALLOWED_FLAGS.get(request.command)
+        if allowed is None or request.flags & ~allowed:
+            return nbd.EINVAL
+        if request.command in _CHANGES and not isinstance(self._disk, Scratch):
+            return nbd.EPERM
+        if request.offset + request.length > self._disk.size:
+            return nbd.ENOSPC if request.command in (nbd.CMD_WRITE, nbd.CMD_WRITE_ZEROES) else nbd.EINVAL
+        if request.command == nbd.CMD_READ and request.length > _REQUEST_LENGTH_MAX:
+            return nbd.EINVAL
+        if request.command == nbd.CMD_BLOCK_STATUS and not (self._block_status and request.length):
+            return nbd.EINVAL
+        return 0
+
+    def _done(self, request: _Request) -> bytes:
+        if request.command == nbd.CMD_READ and self._structured:
+            return nbd.CHUNK.pack(nbd.STRUCTURED_REPLY_MAGIC, nbd.REPLY_FLAG_DONE, nbd.REPLY_NONE, request.cookie, 0)
+        return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, request.cookie)
+
+    def _failed(self, request: _Request, error: int) -> bytes:
+        if self._structured and request.command in (nbd.CMD_READ, nbd.CMD_BLOCK_STATUS):
+            return nbd.ERROR_CHUNK.pack(
+                nbd.STRUCTURED_REPLY_MAGIC, nbd.REPLY_FLAG_DONE, nbd.REPLY_ERROR, request.cookie, 6, error, 0
+            )
+        return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, request.cookie)
+
+    def _data(self, request: _Request, data: bytes) -> bytes:
+        if self._structured:
+            head = nbd.DATA_CHUNK.pack(
+                nbd.STRUCTURED_REPLY_MAGIC,
+                nbd.REPLY_FLAG_DONE,
+                nbd.REPLY_OFFSET_DATA,
+                request.cookie,
+                len(data) + 8,
+                request.offset,
+            )
+        else:
+            head = nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, request.cookie)
+        return head + data
+
+    def _status(self, request: _Request) -> bytes:
+        limit = 1 if request.flags & nbd.CMD_FLAG_REQ_ONE else _EXTENTS_MAX
+        extents = b"".join(
+            nbd.EXTENT.pack(extent.length, nbd.STATE_HOLE | nbd.STATE_ZERO if extent.zero else 0)
+            for extent in islice(self._disk.extents(request.offset, request.length), limit)
+        )
+        head = nbd.STATUS_CHUNK.pack(
+            nbd.STRUCTURED_REPLY_MAGIC, nbd.REPLY_FLAG_DONE, nbd.REPLY_BLOCK_STATUS, request.cookie, 4 + len(extents), CONTEXT_ID
+        )
+        return head + extents
+
+
+def _shut(sock: socket.socket) -> None:
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
