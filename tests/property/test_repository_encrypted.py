@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.encryption import measure
 from tests.store_contract import StoreContract
 from vmrewind.errors import CorruptionError
 from vmrewind.repository.directory import DirectoryStore
@@ -214,3 +215,7 @@ def test_what_was_put_twice_is_compared_as_plain_text() -> None:
     with pytest.raises(AlreadyExists):
         store.put("k", b"v")
     assert inner.objects == before
+
+
+def test_what_encryption_costs_can_be_measured() -> None:
+    assert all(seconds >= 0 for seconds in measure(rounds=1).values())
