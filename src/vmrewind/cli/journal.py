@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import CorruptionError, UsageError
 from vmrewind.journal import dump as journal_dump
 from vmrewind.journal import verify as journal_verify
@@ -51,7 +52,9 @@ def verify(paths: Paths, /, *, json: Json = False) -> None:
     """Check every checksum of segments, and that the segments of a run follow one another."""
     _segments(paths)
     bad = 0
-    for report in journal_verify.verify(paths):
+    with byte_progress(json=json) as update:
+        reports = list(journal_verify.verify(paths, update))
+    for report in reports:
         bad += bool(report.problems)
         if json:
             print(json_module.dumps(_as_data(report)))

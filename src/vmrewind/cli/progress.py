@@ -20,7 +20,7 @@ Update = Callable[[str, int, int], None]
 """Called with (what, bytes done, bytes in total), from any thread."""
 
 _EVENT_SECONDS: Final = 0.5
-"""Least time between two events about one thing, but for its last one; and how long it must take to be told of at all."""
+"""Least time between two events about one thing; its end is always told."""
 
 
 @contextmanager
@@ -37,7 +37,9 @@ def byte_progress(*, json: bool = False) -> Iterator[Update]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    # Where stdout is the same terminal, what is printed must go above the bars; where it is a file, it must go there.
+    above = sys.stdout.isatty()
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=above) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(what: str, done_bytes: int, total_bytes: int) -> None:
@@ -57,16 +59,20 @@ class JsonProgress:
         self._lock = threading.Lock()
         self._begun: dict[str, tuple[float, int]] = {}
         self._told: dict[str, float] = {}
+        self._ended: dict[str, tuple[int, int]] = {}
 
     def update(self, what: str, done_bytes: int, total_bytes: int) -> None:
         """Tell of progress, unless that was done just now."""
         with self._lock:
             now = self._clock()
             begun, first = self._begun.setdefault(what, (now, done_bytes))
-            complete = done_bytes >= total_bytes
-            if now - self._told.get(what, begun) < _EVENT_SECONDS and not (complete and what in self._told):
+            if now - self._told.get(what, begun) < _EVENT_SECONDS and done_bytes < total_bytes:
+                return
+            if self._ended.get(what) == (done_bytes, total_bytes):
                 return
             self._told[what] = now
+            if done_bytes >= total_bytes:
+                self._ended[what] = (done_bytes, total_bytes)
             rate = (done_bytes - first) / (now - begun) if now > begun else 0.0
             event = {
                 "event": "progress",

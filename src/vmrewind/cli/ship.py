@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError
 from vmrewind.start.finish import finish_shipping
 from vmrewind.start.processes import running
@@ -51,11 +52,13 @@ def _switch(vm: str, disks: list[str], *, on: bool, limit: int | None = UNCHANGE
     alive = running(handle.paths) is not None
     if json:
         if on and wanted and not alive:
-            finish_shipping(handle)
+            with byte_progress(json=True) as update:
+                finish_shipping(handle, update)
         print(json_module.dumps({"vm": handle.name, "shipping": wanted, "running": alive}))
         return
     print(f"{handle.name}: shipping {', '.join(wanted) if wanted else 'nothing'}")
     if on and wanted and not alive:
         print(f"{handle.name} is not running: carrying what its journal holds")
-        finish_shipping(handle)
+        with byte_progress() as update:
+            finish_shipping(handle, update)
         print("the repository has everything")

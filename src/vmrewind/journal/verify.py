@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -84,20 +84,26 @@ def later_batch(segment: Segment, position: int, number: int) -> Batch | None:
     return None
 
 
-def verify(paths: Iterable[Path]) -> Iterator[SegmentReport]:
+def verify(paths: Iterable[Path], progress: Callable[[str, int, int], None] = lambda *_: None) -> Iterator[SegmentReport]:
     """Check every segment that ``paths`` (files, journal directories) name, in order; problems are in the reports.
+
+    ``progress`` is told (what, bytes done, bytes in total).
 
     Consecutive segments of a run are checked against each other; of a directory also its ``head.json`` and ``runs/``.
     """
     paths = list(paths)
     checked: list[tuple[SegmentReport, Batch | None]] = []
-    for path in journal_paths(paths):
+    found = journal_paths(paths)
+    sizes = [path.stat().st_size if path.exists() else 0 for path in found]
+    for number, path in enumerate(found):
+        progress("journal", sum(sizes[:number]), sum(sizes))
         try:
             checked.append(_verify_segment(path))
         except FileNotFoundError:
             # A living capture may recycle a segment between the listing and the opening.
             if (misnamed := _misnamed(path)) is not None:
                 checked.append((misnamed, None))
+    progress("journal", sum(sizes), sum(sizes))
     reports = [report for report, _ in checked]
     for i, (report, tail) in enumerate(checked):
         if tail is not None and all(other.run != report.run for other in reports[i + 1 :]):

@@ -141,7 +141,7 @@ class Verification:
             gone = [key for key in self._known.keys(layout.vm_prefix(name)) if key not in sizes]
             vm.gone = [segment for key in gone if (segment := layout.parse_segment_key(name, key)) is not None]
             findings: list[Finding] = []
-            Structure(vm, findings.append).check(self._use)
+            Structure(vm, findings.append, self._progress).check(self._use)
             tree = vm.tree()
             told = {finding.object for finding in findings}
             for key in gone:
@@ -153,11 +153,10 @@ class Verification:
             part.objects, part.stored_bytes = len(sizes), sum(sizes.values())
             part.runs, part.bases = len(vm.runs), len(vm.bases)
             part.covered = list(_covered(vm, tree))
-            small = [key for key in sizes if layout.parse_segment_key(name, key) is None]
-            for key in small:
+            for key in vm.small:
                 if key not in vm.damaged:
                     self._known.read(key, sizes[key])
-            part.read, part.read_bytes = len(small), sum(sizes[key] for key in small)
+            part.read, part.read_bytes = len(vm.small), sum(sizes[key] for key in vm.small)
             self._segments(vm, tree, part)
         return part
 

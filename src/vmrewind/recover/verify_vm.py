@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.recover.affected import Affected, Loss, Tree
 from vmrewind.recover.contents import same_rows, whole_segment_lost
 from vmrewind.recover.findings import Finding, Kind
+from vmrewind.recover.restore import Progress
 from vmrewind.repository import layout
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.manifest import Manifest
@@ -33,7 +35,7 @@ UseManifest = Callable[[Manifest], Sequence[int]]
 """Told of each manifest; returns the numbers of its chunks that are missing."""
 
 
-@dataclass(slots=True)
+@dataclass
 class VmObjects:
     """What a listing shows of a VM, and what could be read of it. ``sizes``: bytes of each object by key."""
 
@@ -53,6 +55,11 @@ class VmObjects:
     def name(self) -> str:
         """The VM's name."""
         return self.repository.name
+
+    @functools.cached_property
+    def small(self) -> frozenset[str]:
+        """The objects that are not segments: each of them is read whole each time."""
+        return frozenset(key for key in self.sizes if layout.parse_segment_key(self.name, key) is None)
 
     @property
     def base_keys(self) -> list[str]:
@@ -85,8 +92,9 @@ class VmObjects:
 class Structure:
     """One pass over a VM's small objects and names. ``found`` is told of what is wrong."""
 
-    def __init__(self, vm: VmObjects, found: Found) -> None:
+    def __init__(self, vm: VmObjects, found: Found, progress: Progress) -> None:
         self._vm = vm
+        self._progress = progress
         self._found = found
 
     def check(self, use_manifest: UseManifest) -> None:
@@ -95,6 +103,7 @@ class Structure:
         missing: list[tuple[Manifest, list[tuple[str, int]]]] = []
         claims: dict[str, str] = {}
         unknown = []
+        small_bytes, done_bytes = sum(vm.sizes[key] for key in vm.small), 0
         for key in sorted(vm.sizes):
             try:
                 if key == layout.vm_key(vm.name):
@@ -119,6 +128,9 @@ class Structure:
                     unknown.append(key)
             except CorruptionError as error:
                 vm.damaged[key] = error
+            if key in vm.small:
+                done_bytes += vm.sizes[key]
+                self._progress(f"structure of {vm.name}", done_bytes, small_bytes)
         tree = vm.tree()
         self._small_objects(tree)
         self._owner(claims)

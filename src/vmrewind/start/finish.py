@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
+from typing import Final
 
 from vmrewind.errors import ConfigError, RepositoryError
+from vmrewind.ship.status import status
 from vmrewind.start.children import ship_command
 from vmrewind.start.resolve import VmHandle
 
+_LOOK_SECONDS: Final = 0.5
 
-def finish_shipping(handle: VmHandle) -> None:
-    """Carry everything that the wanted disks' journal holds; raises RepositoryError with what ship said if that fails."""
+
+def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None]) -> None:
+    """Carry everything that the wanted disks' journal holds; raises RepositoryError with what ship said if that fails.
+
+    ``progress`` is told (what, bytes done, bytes in total) as far as ship knows it.
+    """
     if handle.repository_url is None:
         raise ConfigError(f"{handle.name} has no repository", "set protection.repository")
     command = ship_command(handle.paths, handle.journal, handle.repository_url, finish=True)
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
+    total = left = 0
+    words = ""
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as ship:
+        while True:
+            try:
+                _, words = ship.communicate(timeout=_LOOK_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                report = status(handle.paths.runtime)
+                if report is not None and report.pid == ship.pid and report.unsent_bytes is not None:
+                    left = report.unsent_bytes
+                    total = max(total, left)
+                    progress("history", total - left, total)
+            except BaseException:
+                ship.terminate()  # what it has carried is there: the next one goes on behind it
+                raise
+    if not ship.returncode:
+        progress("history", total, total)
+    else:
+        said = words.strip().splitlines()
         raise RepositoryError(said[-1] if said else "ship could not carry everything", "its reason is above; then try again")
