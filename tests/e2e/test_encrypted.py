@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from guests.protected import ProtectedVm, vmrewind
+from guests.protected import Disk, ProtectedVm, vmrewind
 from guests.writer import acknowledged, content, file_name
 from tests.vm_tools import check_files, files_in, restore, writer_vm
 
@@ -20,6 +20,30 @@ def until(condition: Callable[[], bool], vm: ProtectedVm) -> None:
     deadline = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < deadline, vm.status()
+
+
+def test_without_its_key_or_its_key_slot_a_vm_starts_and_its_journal_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VMREWIND_KEY_FILE", str(tmp_path / "key"))
+    vmrewind("init", tmp_path / "repository", "--encrypt", "--key-file", tmp_path / "key")
+    (slot,) = (tmp_path / "repository" / "keys").iterdir()
+    slot.chmod(0o600)
+    whole = slot.read_bytes()
+    # what its guest does does not matter here
+    command = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none"]
+    (tmp_path / "a.raw").write_bytes(os.urandom(1 << 20))
+    with ProtectedVm(tmp_path, "web01", command, [Disk("vda", tmp_path / "a.raw", device="none")], journal_size="16MiB") as vm:
+        vm.start()
+        vm.quit()
+        for damaged, key, words in [(whole[:-20], "key", slot.name), (whole, "", "no key is given")]:
+            slot.write_bytes(damaged)
+            monkeypatch.setenv("VMREWIND_KEY_FILE", str(tmp_path / key) if key else "")
+            vm.start()
+            until(lambda words=words: words in (vm.status()["ship"].get("error") or ""), vm)  # type: ignore[misc]
+            vm.quit()
+            timeline = vmrewind("timeline", vm.config, "--json")
+            assert "vda" in timeline.stdout
 
 
 def test_a_guests_writes_come_back_and_are_nowhere_to_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

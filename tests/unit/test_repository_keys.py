@@ -465,7 +465,9 @@ def test_the_passphrase_is_asked_for_at_a_terminal(tmp_path: Path) -> None:
     def at_terminal(words: list[str], *arguments: str) -> tuple[int, str]:
         pid, fd = pty.fork()
         if pid == 0:
-            os.execv(sys.executable, [sys.executable, "-m", "vmrewind.cli.main", *arguments])
+            os.execv(
+                sys.executable, [sys.executable, *(arguments if arguments[0] == "-c" else ("-m", "vmrewind.cli.main", *arguments))]
+            )
         said = b""
         answers = iter(words)
         with contextlib.suppress(OSError):  # the terminal's other side is closed
@@ -487,4 +489,10 @@ def test_the_passphrase_is_asked_for_at_a_terminal(tmp_path: Path) -> None:
     code, said = at_terminal([WORDS], "key", "add", url, "--key-file", str(tmp_path / "k"))
     assert code == 0, said
     assert len(key_slots(url).intact) == 2
+    # A start gives the repository only so much time, so it asks nobody.
+    start = (
+        "import sys, pathlib; from vmrewind.start.supersession import ask; print(ask(sys.argv[1], 'x', pathlib.Path()).unreachable)"
+    )
+    code, said = at_terminal([], "-c", start, url)
+    assert (code, "no key is given" in said) == (0, True), said
     assert open_store(url).size("repository.json")

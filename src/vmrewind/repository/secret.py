@@ -14,6 +14,7 @@ import re
 import secrets
 import stat
 import sys
+import threading
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,8 +83,8 @@ def key_file_of(repository_id: str) -> Path:
 
 
 def at_terminal() -> bool:
-    """Whether there is somebody who can be asked."""
-    return sys.stdin is not None and sys.stdin.isatty()
+    """Whether there is somebody who can be asked: not by a thread that others give only so much time, as a VM's start does."""
+    return threading.current_thread() is threading.main_thread() and sys.stdin is not None and sys.stdin.isatty()
 
 
 def new_passphrase(url: str) -> Secret:

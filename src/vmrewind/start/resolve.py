@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.dirty import undeclared_gap
-from vmrewind.errors import RepositoryError, UsageError, VmStateError
+from vmrewind.errors import CorruptionError, RepositoryError, UsageError, VmrewindError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.paths import VmPaths
 from vmrewind.repository.layout import REPOSITORY
@@ -54,11 +54,11 @@ class VmHandle:
     def history(self) -> History:
         """Local journal and repository as one history. An unreachable repository leaves the local part."""
         repository = None
-        unreachable: RepositoryError | None = None
+        unreachable: VmrewindError | None = None
         if self.repository_url is not None:
             try:
                 repository = Repository.open(self.repository_url).vm(self.name)
-            except RepositoryError as error:
+            except (RepositoryError, CorruptionError) as error:
                 unreachable = error
         gap = undeclared_gap(self.paths.dirty_map)
         history = History.open(self.name, self.journal, repository, bases=self.paths.bases, problem=unreachable)

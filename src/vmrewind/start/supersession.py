@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmrewind.errors import RepositoryError, VmrewindError
+from vmrewind.errors import CorruptionError, RepositoryError, VmrewindError
 from vmrewind.history.succession import Successor, judge, look, overrule, refusal, unknown_here
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import Position, RunInfo
@@ -26,7 +26,7 @@ class Answer:
     runs that this host does not know, None if it could not tell (``problem``)."""
 
     repository: VmRepository | None
-    unreachable: RepositoryError | None = None
+    unreachable: VmrewindError | None = None
     others: Sequence[RunInfo] | None = None
     problem: VmrewindError | None = None
 
@@ -43,7 +43,7 @@ def ask(url: str, name: str, journal: Path) -> Answer:
 
     try:
         return background.run(asked, LOOK_SECONDS)
-    except RepositoryError as error:
+    except (RepositoryError, CorruptionError) as error:
         return Answer(None, error, problem=error)
     except TimeoutError:
         late = RepositoryError(f"{url}: did not answer within {LOOK_SECONDS:.0f} s", "is it up, and is the network?")
