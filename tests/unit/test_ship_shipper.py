@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -442,6 +443,38 @@ def test_a_configuration_that_cannot_be_read_holds_nothing_up(place: Place, capf
     place.drain(BOTH)
     assert shipped(place.vm, 7, 0) == written.of(0)
     assert "configuration is not shipped" in capfd.readouterr().err
+
+
+def test_who_has_taken_the_vm_over_is_told_once_and_shipping_goes_on(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    written = WrittenJournal(place.journal)
+    written.describe()
+    some_batches(written, 5)
+    shipper = place.drain(BOTH)
+    assert shipper.superseded is None
+    last = written.truth[-1]
+    elsewhere = replace(written.info, run=9, parent=Position(7, last.seq, last.time_ns), host="other", takeover=True, bases={})
+    place.vm.put_run(elsewhere)
+    for seed in (2, 3):
+        some_batches(written, 5, seed)
+        shipper = place.drain(BOTH)
+        assert shipper.superseded is not None
+        assert "host other took it over" in shipper.superseded
+    assert shipped(place.vm, 7, 0) == written.of(0)
+    log = (place.state / "events" / f"{7:016x}.jsonl").read_text().splitlines()
+    assert [json.loads(line)["by_host"] for line in log] == ["other"]
+    assert capfd.readouterr().err.count("took it over") == 1
+
+
+def test_a_damaged_run_of_others_does_not_hold_up_shipping(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    place.vm.repository.store.put(f"vms/{VM}/runs/{9:016x}.json", b"damaged")
+    written = WrittenJournal(place.journal)
+    written.describe()
+    shipper = place.shipper()
+    for seed in (1, 2):
+        some_batches(written, 5, seed)
+        place.drain(BOTH, shipper)
+    assert shipped(place.vm, 7, 0) == written.of(0)
+    assert "cannot be known" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("lands", [False, True])

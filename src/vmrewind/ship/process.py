@@ -216,7 +216,7 @@ class _Process:
         self._reporter.write(
             ShipStatus(
                 pid, state, disks, f"{now.run:016x}", now.shipped_seq, now.shipped_time_ns, now.unsent_bytes, now.lag_seconds,
-                self._error or None, limit,
+                self._error or None, limit, self._shipper.superseded,
             )
         )  # fmt: skip
 

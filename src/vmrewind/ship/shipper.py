@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.errors import CorruptionError, VmrewindError
+from vmrewind.history.succession import look
 from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RunInfo, described_runs, local_runs, run_path
@@ -25,7 +26,7 @@ from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
 from vmrewind.ship.cursor import Hole
-from vmrewind.ship.events import declare_hole
+from vmrewind.ship.events import declare_hole, declare_superseded
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
 from vmrewind.ship.meter import Meter, noted_starts
 from vmrewind.ship.pace import Pace
@@ -34,6 +35,8 @@ from vmrewind.ship.sender import Sender
 from vmrewind.vmconfig.model import VmConfig
 
 POLL_SECONDS: Final = 0.2
+SUCCESSION_SECONDS: Final = 60.0
+"""How often the repository is asked whether another host has taken the VM over."""
 QUIET_POLL_SECONDS: Final = 1.0
 """How long a journal to which nothing is added is not looked at: no longer than the oldest record may wait to be sent."""
 
@@ -77,6 +80,9 @@ class Shipper:
         self._sender = Sender(meanwhile)
         self._sending: Gathered | None = None
         self.pace = Pace()
+        self.superseded: str | None = None
+        """Who has taken the VM over, in words. Shipping goes on: what this host writes is a branch of its own."""
+        self._succession_at = 0.0
         self.held_back = False
         """Whether there is something to do that only the bandwidth limit holds back."""
         self._runs: dict[int, RunInfo] = {}
@@ -108,6 +114,7 @@ class Shipper:
         if wait_seconds:
             # Nothing is left to make meanwhile.
             self._sender.settle()
+            self._look_for_a_successor()
         self._note_shipped()
         return wait_seconds
 
@@ -177,7 +184,24 @@ class Shipper:
             return vm, Coverage(vm.segments())
 
         self._vm, self._coverage = self._sender.run(connected)
+        self._succession_at = 0.0
         self._meter = None
+
+    def _look_for_a_successor(self) -> None:
+        """At the first quiet moment of a connection, and then once a minute."""
+        if time.monotonic() < self._succession_at or self._vm is None or not self._runs:
+            return
+        self._succession_at = time.monotonic() + SUCCESSION_SECONDS
+        vm = self._vm
+        try:
+            found = self._sender.run(lambda: look(vm, self._journal, self._state))
+        except CorruptionError as error:
+            # The records are worth more than the question.
+            self._complain(f"whether another host has taken the VM over cannot be known: {error}")
+            return
+        self.superseded = None if found is None else found.words()
+        if found is not None:
+            declare_superseded(self._state, max(self._runs), found)
 
     def _runs_version(self) -> int:
         try:

@@ -22,7 +22,8 @@ class ShipStatus:
 
     ``run`` is 16 hex digits. Every record up to ``shipped_seq`` of the disks named is in the repository; ``shipped_time_ns`` is
     the time of the newest record that was sent. ``unsent_bytes``: payload known to be captured and not sent. ``lag_seconds``: age
-    of the oldest record that is not sent, 0 without one. ``bandwidth_limit``: bytes a second. What is not known is None.
+    of the oldest record that is not sent, 0 without one. ``bandwidth_limit``: bytes a second. ``superseded``:
+    who has taken the VM over. What is not known is None.
     """
 
     pid: int
@@ -35,6 +36,7 @@ class ShipStatus:
     lag_seconds: float | None = 0.0
     error: str | None = None
     bandwidth_limit: int | None = None
+    superseded: str | None = None
 
 
 def status_path(runtime: Path) -> Path:

@@ -75,6 +75,8 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             result.setdefault("ship", {}).update(asdict(shipping))
             if shipping.error:
                 problems.append(f"ship cannot reach the repository: {shipping.error}")
+            if shipping.superseded:
+                problems.append(f"superseded: {shipping.superseded}")
         if (bypass := result.get("capture", {}).get("bypass")) is not None:
             since = datetime.fromtimestamp(bypass["since_ns"] / 1e9).astimezone().isoformat(timespec="seconds")
             now = "its writes are journaled again, and what it wrote is being resynced" if bypass["resyncing"] else (
