@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -17,22 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmrewind.errors import CorruptionError, VmrewindError
+from vmrewind.errors import CorruptionError
 from vmrewind.history.succession import look
 from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
-from vmrewind.journal.runs import RunInfo, described_runs, local_runs, run_path
+from vmrewind.journal.runs import RunInfo, run_path
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
 from vmrewind.ship.cursor import Hole
+from vmrewind.ship.descriptions import Descriptions
 from vmrewind.ship.events import declare_hole, declare_superseded
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
 from vmrewind.ship.meter import Meter, noted_starts
 from vmrewind.ship.pace import Pace
 from vmrewind.ship.plan import Plan, make_plan
 from vmrewind.ship.sender import Sender
-from vmrewind.vmconfig.model import VmConfig
 
 POLL_SECONDS: Final = 0.2
 SUCCESSION_SECONDS: Final = 60.0
@@ -74,7 +73,7 @@ class Shipper:
         self._plan = Plan(None, (), ())
         self._live: Carrier | None = None
         self._backlog: Carrier | None = None
-        self._described: set[int] = set()
+        self._descriptions = Descriptions(journal, state)
         self._shipped_time_ns: int | None = None
         self._meter: Meter | None = None
         self._sender = Sender(meanwhile)
@@ -87,9 +86,6 @@ class Shipper:
         """Whether there is something to do that only the bandwidth limit holds back."""
         self._runs: dict[int, RunInfo] = {}
         self._held: set[int] = set()
-        self._lost: set[int] = set()
-        """Runs whose description is nowhere to be had."""
-        self._complaints: set[str] = set()
         self._noted: dict[int, int] = {}
 
     def step(self, disks: tuple[str, ...], *, hurry: bool = False) -> float:
@@ -141,7 +137,7 @@ class Shipper:
         self._live = self._backlog = None
         self._disks = ()
         self._plan = Plan(None, (), ())
-        self._described.clear()
+        self._descriptions.forget()
 
     def _note_shipped(self) -> None:
         """Tell capture up to where each run was carried away: what the journal-full policy goes by."""
@@ -173,7 +169,7 @@ class Shipper:
                 disks = [disk.index for disk in info.disks if disk.target in disks_carried]
                 each = (self._coverage.reached(run, index, info.first_seq) for index in disks)
                 reached[run] = min(each, default=SEQ_MAX)
-            elif run < newest and run not in self._lost:
+            elif run < newest and run not in self._descriptions.lost:
                 reached[run] = SEQ_MAX  # it never reached its CPU
         return reached
 
@@ -197,7 +193,7 @@ class Shipper:
             found = self._sender.run(lambda: look(vm, self._journal, self._state))
         except CorruptionError as error:
             # The records are worth more than the question.
-            self._complain(f"whether another host has taken the VM over cannot be known: {error}")
+            self._descriptions.complain(f"whether another host has taken the VM over cannot be known: {error}")
             return
         self.superseded = None if found is None else found.words()
         if found is not None:
@@ -210,11 +206,13 @@ class Shipper:
             return 0
 
     def _replan(self) -> None:
+        assert self._vm is not None
         self._sender.settle()
-        self._runs = {info.run: info for info in self._described_runs()}
+        self._runs = {info.run: info for info in self._descriptions.runs(self._vm)}
         self._held = {file.run for file in segment_files(self._journal)}
         self._plan = make_plan(self._runs, self._disks, self._coverage, self._held)
-        self._sender.run(lambda: self._describe(self._plan.runs))
+        vm, runs = self._vm, self._plan.runs
+        self._sender.run(lambda: self._descriptions.put(vm, runs))
         if self._backlog is not None:
             self._backlog.cursor.release()
             self._backlog = None
@@ -224,53 +222,6 @@ class Shipper:
             self._live = None
         if self._live is None and live is not None:
             self._live = Carrier(self._journal, live, growing=True)
-
-    def _described_runs(self) -> list[RunInfo]:
-        """The journal's runs; of one whose description is damaged here the repository may have a copy, if it was carried before."""
-        assert self._vm is not None
-        damaged: list[CorruptionError] = []
-        described = set(described_runs(self._journal))
-        found = local_runs(self._journal, damaged.append)
-        if not damaged:
-            return found
-        missing = described - {info.run for info in found}
-        copies = [info for info in self._vm.runs() if info.run in missing]
-        self._lost = missing - {info.run for info in copies}
-        for error in damaged if self._lost else ():
-            self._complain(f"{error}; a run that is not described cannot be shipped")
-        return sorted([*found, *copies], key=lambda info: info.run)
-
-    def _complain(self, what: str) -> None:
-        """Once."""
-        if what not in self._complaints:
-            self._complaints.add(what)
-            print(f"ship: {what}", file=sys.stderr, flush=True)  # noqa: T201
-
-    def _describe(self, runs: tuple[RunInfo, ...]) -> None:
-        """Put what a reader must know before it can use the records, first."""
-        assert self._vm is not None
-        if runs and not self._described:
-            self._vm.register(runs[-1].uuid)
-            self._put_config()
-        for info in runs:
-            if info.run not in self._described:
-                self._vm.put_run(info)
-                self._described.add(info.run)
-
-    def _put_config(self) -> None:
-        assert self._vm is not None
-        path = self._state / "config.json"
-        try:
-            time_ns = path.stat().st_mtime_ns
-            config = VmConfig.load_saved(path)
-        except FileNotFoundError:
-            return
-        except VmrewindError as error:
-            # The records are worth more than the configuration: they go on without it.
-            print(f"ship: the configuration is not shipped: {error}", file=sys.stderr, flush=True)  # noqa: T201
-            return
-        suffix = "xml" if config.origin == "libvirt" else "toml"
-        self._vm.put_config(time_ns, suffix, config.document.encode())
 
     def _step_live(self, *, hurry: bool) -> float:
         carrier = self._live
