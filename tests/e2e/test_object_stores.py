@@ -111,6 +111,8 @@ class TestSeaweedFS(Contract):
         whole = sorted(found)[:-2]
         assert 5 <= len(whole) <= seen
         check_files(found, whole)
+        verified = json.loads(vmrewind("verify", url, "--data", "--json").stdout.splitlines()[-1])
+        assert (verified["outcome"], verified["findings"]["gap"]) == ("sound", 0)
         timeline = json.loads(vmrewind("timeline", vm.config, "--json").stdout)
         assert "before" in json.dumps(timeline)
 

@@ -16,6 +16,8 @@ from tests.ship_support import MIB, VM, Truth, WrittenJournal
 from vmrewind.errors import RepositoryError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
+from vmrewind.recover.findings import Finding
+from vmrewind.recover.verify import verify
 from vmrewind.repository.memory import MemoryStore
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.repository.secret import secret_of_key_file
@@ -57,6 +59,7 @@ class Run:
 
     def __init__(self, directory: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.chance = random.Random(seed)
+        self.seed = seed
         self.memory = MemoryStore()
         self.store = FailingStore(self.memory, seed, self.chance.choice([0.05, 0.2, 0.5]))
         key_file = directory / "key"
@@ -131,6 +134,13 @@ class Run:
         while self.shipper.step(self.disks, hurry=True) == 0.0:
             assert time.monotonic() < deadline
         self.check()
+        if self.seed % 20 < 2:
+            found: list[Finding] = []
+            verify(Repository.open_in(self.memory), found.append, lambda *_: None, vms=[VM], data=True)
+            known = [
+                finding for finding in found if finding.object.endswith("/base.json") or "no record of disk" in finding.message
+            ]
+            assert found == known, "the bases of these journals are names only, and a disk that is not carried is a gap"
         for written in self.written:
             for disk in self.indices():
                 assert history_of(self.vm, written.run, disk) == written.of(disk)

@@ -21,8 +21,10 @@ from vmrewind.history.resolve import resolve
 from vmrewind.history.succession import look
 from vmrewind.journal.runs import RESTORE_PENDING, TAKEOVER_PENDING, local_runs, read_head
 from vmrewind.paths import VmPaths
+from vmrewind.recover.findings import Finding, Kind
 from vmrewind.recover.relocation import Relocation, journal_here
 from vmrewind.recover.takeover import TakenOver, take_over
+from vmrewind.recover.verify import verify
 from vmrewind.start.continuity import goes_on
 from vmrewind.start.images import refuse_half_taken_over
 from vmrewind.vmconfig.toml import load_toml
@@ -103,6 +105,9 @@ def check(made: MadeHistory, done: TakenOver, seq: int) -> None:
 def test_the_latest_moment(made: MadeHistory, tmp_path: Path) -> None:
     done = taken(made, tmp_path / "b")
     check(made, done, 4)
+    findings: list[Finding] = []
+    verify(made.repository.repository, findings.append, lambda *_: None, data=True)
+    assert [finding for finding in findings if finding.kind is Kind.DAMAGE] == []
     assert done.known_until_ns == made.times[4]
     assert (tmp_path / "b" / VM).stat().st_mode & 0o777 == 0o711
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in done.images.values())

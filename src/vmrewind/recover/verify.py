@@ -333,7 +333,8 @@ class Verification:
                     self._found(
                         Finding(Kind.NOTE, None, f"{component}/", "nothing that vmrewind knows", "find out who put it there")
                     )
-            store = open_store(self._repository.url)
+            url = self._repository.url
+            store = open_store(url) if "://" not in url or url.startswith("file:") else None
             for path in store.leftovers() if isinstance(store, DirectoryStore) else ():
                 message = "left by a writer that was killed, unless one is at work right now"
                 self._found(Finding(Kind.NOTE, None, str(path), message, "it may be deleted when nothing writes to the repository"))
