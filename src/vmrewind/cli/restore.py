@@ -46,7 +46,7 @@ def restore(
     if discard_unprotected and not in_place:
         raise UsageError("--discard-unprotected is for --in-place", "leave it out: --output touches no image of the VM")
     found = open_any(vm)
-    own = _on_this_host(found) if in_place else None
+    own = on_this_host(found, "restored in place") if in_place else None
     with found.history() as history:
         if history.problem is not None:
             print(f"the repository is left out: {history.problem}", file=sys.stderr)
@@ -67,19 +67,19 @@ def restore(
             )
         with byte_progress(json=json) as update:
             if own is not None:
-                images = _images(own, history, position, targets)
+                images = images_of(own, history, position, targets)
                 restored = restore_in_place(history, images, position, own.journal, update, discard_unprotected=discard_unprotected)
             else:
                 assert output is not None, "one of the two is given"
                 restored = restore_to_files(history, targets, position, output, update)
-    _tell(restored, json=json)
+    report(restored, json=json)
 
 
-def _on_this_host(found: VmHandle | StoredVm) -> VmHandle:
-    """The stopped VM whose own images are to be restored."""
+def on_this_host(found: VmHandle | StoredVm, done: str) -> VmHandle:
+    """The stopped VM whose own images are to be ``done``. Raises UsageError, VmStateError."""
     if isinstance(found, StoredVm):
         raise UsageError(
-            f"{found.url}/{found.name}: the images of a VM in a repository are not here, so they cannot be restored in place",
+            f"{found.url}/{found.name}: the images of a VM in a repository are not here, so they cannot be {done}",
             "use --output DIR; `vmrewind takeover` brings the VM up on this host",
         )
     if running(found.paths):
@@ -95,14 +95,15 @@ def chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list[
     return [target for target in known if wanted is None or target in wanted]
 
 
-def _images(handle: VmHandle, history: History, position: Position, targets: list[str]) -> dict[str, Path]:
+def images_of(handle: VmHandle, history: History, position: Position, targets: list[str]) -> dict[str, Path]:
     """Where each disk's image is now: as configured, else as the run at that moment had it."""
     configured = {disk.target: disk.image for disk in handle.config.protection.disk} if handle.config is not None else {}
     recorded = {disk.target: disk.image for disk in history.runs[position.run].disks}
     return {target: Path(configured.get(target) or recorded[target]) for target in targets}
 
 
-def _tell(restored: Restored, *, json: bool) -> None:
+def report(restored: Restored, *, json: bool) -> None:
+    """Print what was restored."""
     position = restored.position
     if json:
         described = {

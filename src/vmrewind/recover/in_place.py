@@ -1,5 +1,8 @@
 """Restoring a stopped VM's own images, so that an interruption at any point is noticed and can be completed.
 
+``only_changed`` makes it a rewind: it looks only where records tell that something was written between the moment that the images
+hold and the one they are to hold, which costs what was written since, not what the disk holds.
+
 Order: what a crash left is recovered, as the new head would hide it from the next start; everything is read and verified once,
 without changing anything; an intent is written durably; ``head.json``, by which a start recognises the images, is removed; blocks
 that differ are written; the images are synced; a new head is written; the intent is removed. A start refuses while the intent is
@@ -12,22 +15,29 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.recovery import Recovered, recover
-from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError, VmrewindError, VmStateError
+from vmrewind.errors import CorruptionError, ImageError, MomentError, SpaceError, UsageError, VmrewindError, VmStateError
+from vmrewind.history.changes import changed_ranges
 from vmrewind.history.history import History
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
 from vmrewind.journal.format import run_name
+from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
-from vmrewind.recover.blocks import differing_runs
+from vmrewind.recover.blocks import BLOCK, differing_runs
 from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
 
 _STEP: Final = 4 << 20
+_GROUP: Final = 64
+"""Pieces that a thread compares in one go: of a disk that was written to here and there each is small."""
+_READERS: Final = 4
 
 
 def pending(journal: Path) -> tuple[Position, list[str]] | None:
@@ -52,8 +62,11 @@ def restore_in_place(
     progress: Progress,
     *,
     discard_unprotected: bool = False,
+    only_changed: bool = False,
 ) -> Restored:
     """Make the images (by target) what they were at a position; only blocks that differ are written.
+
+    ``only_changed``: look nowhere else than where ``planned`` tells; whole disks where it does not.
 
     The VM must be stopped. Raises VmStateError if a capture lives, or if an interrupted restore concerned other disks as
     well; ImageError if an image is in use, of another size, or holds what no history has, unless ``discard_unprotected`` is
@@ -72,6 +85,7 @@ def restore_in_place(
                 _refuse_unrecorded(history.name, journal, images)
         jobs = []
         for target, path in images.items():
+            plan = planned(history, target, path, position, journal) if only_changed else None
             view = View.open(history, target, position)
             image = Image(view.disk.index, target, str(path), "raw")
             opened.callback(image.close)
@@ -83,7 +97,7 @@ def restore_in_place(
                     f"{path}: {image.size} bytes, but disk {target} had {view.size} bytes then",
                     "restore it to a file with --output",
                 )
-            jobs.append(_Job(view, image, progress))
+            jobs.append(_Job(view, image, progress, plan.ranges if plan is not None else None))
         for job in jobs:
             job.compare()
         _declare(journal, position, list(images))
@@ -95,6 +109,42 @@ def restore_in_place(
         (journal / RESTORE_PENDING).unlink()
         sync_directory(journal)
         return Restored(history.name, position, [job.restored for job in jobs])
+
+
+@dataclass(frozen=True, slots=True)
+class RewindPlan:
+    """What a rewind of a disk looks at: ``ranges`` [start, end) in order, or None for the whole disk, and then why (``reason``).
+
+    ``since`` is the moment that the image holds, as far as that is known.
+    """
+
+    target: str
+    since: Position | None
+    ranges: Sequence[tuple[int, int]] | None
+    reason: str | None = None
+
+
+def planned(history: History, target: str, image: Path, position: Position, journal: Path) -> RewindPlan:
+    """What of a stopped VM's disk a rewind to a position has to look at."""
+    if pending(journal) is not None:
+        return RewindPlan(target, None, None, "an interrupted restore left it half-way")
+    head = read_head(journal, lambda _: None)
+    known = head.images.get(target) if head is not None else None
+    if head is None or known is None:
+        return RewindPlan(target, None, None, "what its image holds now is not noted: the last run did not end cleanly")
+    try:
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"{image}: {error.strerror}", "put the image back, or restore the disk with --output") from error
+    try:
+        if image_identity(fd, image) != known:
+            return RewindPlan(target, None, None, "its image was changed since the VM stopped")
+    finally:
+        os.close(fd)
+    try:
+        return RewindPlan(target, head.position, changed_ranges(history, target, head.position, position, BLOCK))
+    except MomentError as error:
+        return RewindPlan(target, head.position, None, str(error))
 
 
 def _recover(journal: Path, targets: Sequence[str]) -> None:
@@ -173,12 +223,13 @@ def _naming(image: Image) -> Iterator[None]:
 
 
 class _Job:
-    """One disk: first compared with its view from end to end, then written where it differs."""
+    """One disk: first compared with its view, from end to end or where ``ranges`` tell, then written where it differs."""
 
-    def __init__(self, view: View, image: Image, progress: Progress) -> None:
+    def __init__(self, view: View, image: Image, progress: Progress, ranges: Sequence[tuple[int, int]] | None) -> None:
         self.view = view
         self.image = image
         self._progress = progress
+        self._ranges = ranges
         self._differing: list[tuple[int, int]] = []
         self._written = 0
 
@@ -191,7 +242,34 @@ class _Job:
         )
 
     def compare(self) -> None:
-        """Read and verify the whole view, and note the steps in which the image differs. Changes nothing."""
+        """Read and verify what is looked at, and note where the image differs. Changes nothing."""
+        if self._ranges is not None:
+            self._compare_ranges(self._ranges)
+        else:
+            self._compare_all()
+
+    def _compare_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        target, size = f"{self.view.disk.target} (compare)", self.view.size
+        pieces = [(at, min(at + _STEP, end, size)) for start, end in ranges for at in range(start, min(end, size), _STEP)]
+        groups = [pieces[at : at + _GROUP] for at in range(0, len(pieces), _GROUP)]
+        total = sum(end - start for start, end in pieces)
+        done = 0
+        self._progress(target, 0, total)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="compare") as pool:
+            try:
+                for group, differing in zip(groups, pool.map(self._differing_of, groups), strict=True):
+                    self._differing += differing
+                    done += sum(end - start for start, end in group)
+                    self._progress(target, done, total)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _differing_of(self, pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        read, fd = self.view.read, self.image.fd
+        return [(start, end) for start, end in pieces if read(start, end - start) != os.pread(fd, end - start, start)]
+
+    def _compare_all(self) -> None:
         target, size = f"{self.view.disk.target} (compare)", self.view.size
         done = 0
         differing: set[int] = set()

@@ -1,0 +1,96 @@
+"""``vmrewind rewind``."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from rich.filesize import decimal
+
+from vmrewind.cli.progress import byte_progress
+from vmrewind.cli.restore import chosen_disks, images_of, on_this_host, report
+from vmrewind.history.moments import FORMS, format_time
+from vmrewind.history.resolve import resolve
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import Position
+from vmrewind.recover.in_place import RewindPlan, planned, restore_in_place
+from vmrewind.start.resolve import open_any
+
+
+def rewind(
+    vm: Annotated[str, Parameter(help="The VM, stopped: its TOML file, or its name.")],
+    /,
+    *,
+    to: Annotated[str, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}.")],
+    disk: Annotated[
+        list[str] | None, Parameter(negative="", help="Only this disk (may be repeated); default: all together.")
+    ] = None,
+    dry_run: Annotated[bool, Parameter(negative="", help="Say what would be done, and do nothing.")] = False,
+    discard_unprotected: Annotated[bool, Parameter(negative="", help="Give up writes of an image that no history has.")] = False,
+    branch: Annotated[
+        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
+    ] = None,
+    json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
+) -> None:
+    """Take a stopped VM's own images back to a moment, looking only at what was written since.
+
+    What is taken back stays in history, on a branch of its own: rewinding to its end undoes it.
+    """
+    own = on_this_host(open_any(vm), "rewound")
+    with own.history() as history:
+        if history.problem is not None:
+            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        chosen = history.branch(branch)
+        targets = chosen_disks(own.name, disk, chosen.targets)
+        position = resolve(history, chosen, to, targets)
+        images = images_of(own, history, position, targets)
+        plans = [planned(history, target, image, position, own.journal) for target, image in images.items()]
+        if not json:
+            _tell(own.name, position, plans)
+        elif dry_run:
+            print(json_module.dumps(_as_data(own.name, position, plans)))
+        if dry_run:
+            return
+        with byte_progress(json=json) as update:
+            restored = restore_in_place(
+                history, images, position, own.journal, update, discard_unprotected=discard_unprotected, only_changed=True
+            )
+    report(restored, json=json)
+
+
+def _tell(name: str, position: Position, plans: list[RewindPlan]) -> None:
+    print(f"{name} goes to {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)})")
+    since = next((plan.since for plan in plans if plan.since is not None), None)
+    if since is not None:
+        seconds = (since.time_ns - position.time_ns) / 1e9
+        way = f"{seconds:.3f} s back" if seconds >= 0 else f"{-seconds:.3f} s forth"
+        print(f"  from {format_time(since.time_ns)} (seq {since.seq} of run {run_name(since.run)}): {way}")
+    for plan in plans:
+        if plan.ranges is None:
+            print(f"  {plan.target}: the whole disk is compared: {plan.reason}")
+        else:
+            total = sum(end - start for start, end in plan.ranges)
+            print(f"  {plan.target}: written since: {decimal(total)} in {len(plan.ranges)} extents")
+    sys.stdout.flush()
+
+
+def _as_data(name: str, position: Position, plans: list[RewindPlan]) -> dict[str, Any]:
+    return {
+        "vm": name,
+        "to": _position(position),
+        "disks": {
+            plan.target: {
+                "from": _position(plan.since) if plan.since is not None else None,
+                "extents": len(plan.ranges) if plan.ranges is not None else None,
+                "bytes": sum(end - start for start, end in plan.ranges) if plan.ranges is not None else None,
+                "whole_disk_because": plan.reason,
+            }
+            for plan in plans
+        },
+    }
+
+
+def _position(position: Position) -> dict[str, Any]:
+    return {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}

@@ -1,0 +1,226 @@
+"""Rewinding: only what was written since is looked at, back and forth, across branches, and whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from guests.protected import vmrewind
+from tests.e2e.test_start_after import Alone
+from tests.faults.test_recover_in_place import _RESTORE, K, M, Stopped, quiet
+from tests.history_tools import MadeHistory
+from vmrewind.errors import ImageError
+from vmrewind.history.view import View
+from vmrewind.journal import format as fmt
+from vmrewind.journal.runs import Discontinuity, Head, ImageIdentity, Position, read_head, write_durably
+from vmrewind.recover.in_place import pending, planned, restore_in_place
+
+
+def noted(made: Stopped, position: Position) -> None:
+    """What capture notes at a clean end: the images as they are."""
+    identities = {}
+    for target, path in made.images.items():
+        status = path.stat()
+        identities[target] = ImageIdentity(str(path), status.st_size, status.st_mtime_ns, status.st_ino, 0)
+    write_durably(made.journal / "head.json", Head(position, identities).to_json())
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Stopped:
+    made = Stopped(tmp_path)
+    noted(made, made.end)
+    return made
+
+
+def rewind(made: Stopped, position: Position, *, discard: bool = False) -> int:
+    with made.open() as history:
+        done = restore_in_place(history, made.images, position, made.journal, quiet, discard_unprotected=discard, only_changed=True)
+    return sum(disk.written_bytes for disk in done.disks)
+
+
+def reason(made: Stopped, position: Position) -> str | None:
+    with made.open() as history:
+        plan = planned(history, "vda", made.images["vda"], position, made.journal)
+    assert (plan.ranges is None) == (plan.reason is not None)
+    return plan.reason
+
+
+def contents(made: Stopped) -> dict[str, bytes]:
+    return {target: path.read_bytes() for target, path in made.images.items()}
+
+
+def truth(made: Stopped, seq: int) -> dict[str, bytes]:
+    return {target: made.disk(target).states[seq] for target in made.images}
+
+
+def test_back_and_forth_without_reading_the_whole_disk(made: Stopped, monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(_: View) -> None:
+        raise AssertionError("the whole disk was read")
+
+    monkeypatch.setattr(View, "data", whole)
+    chosen = random.Random(3)
+    for seq in (20, 1, made.end.seq, 2, *(chosen.randrange(1, made.end.seq) for _ in range(8)), made.end.seq):
+        rewind(made, made.position(seq))
+        assert contents(made) == truth(made, seq)
+    assert rewind(made, made.end) == 0
+
+
+def test_from_branch_to_branch(made: Stopped) -> None:
+    """Back, on as another run, from there to the end of what was taken back, and back to the other one's."""
+    first_end = made.end
+    middle = made.position(9)
+    rewind(made, middle)
+    made.go_back(middle)
+    second_run = made.start(parent=middle)
+    made.write("vda", 5 * M, b"second" * 1000)
+    made.write("vdb", 1, b"odd offset")
+    second_end = made.stop()
+    for target, path in made.images.items():
+        path.write_bytes(made.disk(target).content)
+    noted(made, second_end)
+    second = contents(made)
+    assert reason(made, first_end) is None
+    first_run = first_end.run
+    rewind(made, first_end)
+    head = read_head(made.journal)
+    assert head is not None and head.position.run == first_run != second_run
+    restored = contents(made)
+    with made.open() as history:
+        for target in made.images:
+            assert View.open(history, target, first_end).read(0, len(restored[target])) == restored[target]
+    rewind(made, second_end)
+    assert contents(made) == second
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("touched", "changed since the VM stopped"),
+        ("crashed", "did not end cleanly"),
+        ("gap", "began with a gap"),
+        ("base", "began with a new base"),
+        ("bypass", "bypassed"),
+    ],
+)
+def test_what_is_not_known_has_the_whole_disk_compared(made: Stopped, what: str, words: str) -> None:
+    """And the outcome is right all the same."""
+    target_seq = 7
+    position = made.position(target_seq)
+    wanted = truth(made, target_seq)
+    if what in ("gap", "base"):
+        parent = made.end
+        gaps = {"vda": Discontinuity("somebody wrote to it", parent.time_ns)}
+        made.start(parent=parent, gaps=gaps if what == "gap" else None, bases=["vda", "vdb"] if what == "base" else None)
+        made.write("vda", 0, b"x")
+        end = made.stop()
+    elif what == "bypass":
+        made.start(parent=made.end)
+        made.event(fmt.Event.GAP_BEGIN, {"cause": "full"})
+        end = made.stop()
+    else:
+        end = made.end
+    made.images["vda"].write_bytes(os.urandom(12 * M))
+    if what == "crashed":
+        (made.journal / "head.json").unlink()
+    elif what != "touched":
+        noted(made, end)
+    assert words in str(reason(made, position))
+    if what == "touched":
+        with pytest.raises(ImageError, match="no history has"):
+            rewind(made, position)
+    rewind(made, position, discard=what == "touched")
+    assert contents(made) == wanted
+
+
+def test_killed_at_any_step_it_is_completed_by_the_next_try(made: Stopped) -> None:
+    """Forth, since what it writes then is no holes."""
+    original, wanted, position = truth(made, 2), truth(made, made.end.seq), made.end
+    program = _RESTORE.replace("lambda *_: None)", "lambda *_: None, only_changed=True)")
+    assert program != _RESTORE
+    half = 0
+    for writes in range(200):
+        for target, path in made.images.items():
+            path.write_bytes(original[target])
+        (made.journal / "restore-pending.json").unlink(missing_ok=True)
+        noted(made, made.position(2))
+        arguments = {
+            "journal": str(made.journal),
+            "repository": str(made.repository_path),
+            "images": {target: str(path) for target, path in made.images.items()},
+            "position": [position.run, position.seq, position.time_ns],
+            "writes": writes,
+        }
+        child = subprocess.run([sys.executable, "-c", program, json.dumps(arguments)], check=False, timeout=60)
+        if child.returncode == 0:
+            assert writes > 8, "the kill never came"
+            break
+        assert child.returncode == -signal.SIGKILL
+        half += contents(made) not in (original, wanted)
+        if pending(made.journal) is not None:
+            assert "half-way" in str(reason(made, position))
+        rewind(made, position)
+        assert contents(made) == wanted and pending(made.journal) is None
+    else:
+        pytest.fail("it never ended")
+    assert half > 3, "no kill met a half rewound image"
+
+
+def test_a_disk_that_ends_within_a_block(tmp_path: Path) -> None:
+    made = MadeHistory(tmp_path, {"vda": 3 * M + 512})
+    made.start()
+    first = made.position(made.write("vda", 3 * M + 100, b"first"))
+    made.write("vda", 3 * M + 507, b"second"[:5])
+    end = made.stop()
+    image = tmp_path / "vda.img"
+    image.write_bytes(made.disk("vda").content)
+    status = image.stat()
+    identity = ImageIdentity(str(image), status.st_size, status.st_mtime_ns, status.st_ino, 0)
+    write_durably(made.journal / "head.json", Head(end, {"vda": identity}).to_json())
+    with made.open() as history:
+        assert planned(history, "vda", image, first, made.journal).ranges == [(3 * M, 3 * M + 4096)]
+        restore_in_place(history, {"vda": image}, first, made.journal, quiet, only_changed=True)
+    assert image.read_bytes() == made.disk("vda").states[first.seq]
+
+
+def test_the_command_shows_rewinds_and_undoes(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1, offset=0, length=300 * K)
+        alone.write(ready, 2, offset=20 * M, length=64 * K)
+        then = datetime.now(UTC).isoformat()
+        before = alone.image.read_bytes()
+        alone.write(ready, 3, offset=100 * K, length=10 * K)
+        alone.write(ready, 4, offset=40 * M + 512, length=512)
+        refused = vmrewind("rewind", alone.config, "--to", then, check=False)
+        assert refused.returncode != 0 and "is running" in refused.stderr
+    after = alone.image.read_bytes()
+    plan = json.loads(vmrewind("rewind", alone.config, "--to", then, "--dry-run", "--json").stdout)["disks"]["vda"]
+    assert alone.image.read_bytes() == after
+    assert plan["extents"] == 2 and plan["bytes"] == 12 * K + 4 * K and plan["whole_disk_because"] is None
+    told = vmrewind("rewind", alone.config, "--to", then).stdout
+    assert "s back" in told and "in 2 extents" in told
+    assert alone.image.read_bytes() == before
+    told = vmrewind("rewind", alone.config, "--to", "latest", "--branch", _newest_run(alone)).stdout
+    assert "s forth" in told
+    assert alone.image.read_bytes() == after
+    vmrewind("rewind", alone.config, "--to", then)
+    with alone.serving() as ready:
+        alone.write(ready, 9, offset=50 * M, length=4096)
+    vmrewind("rewind", alone.config, "--to", "latest", "--branch", min(_runs(alone)))
+    assert alone.image.read_bytes() == after
+
+
+def _runs(alone: Alone) -> list[str]:
+    return [run["run"] for run in json.loads(vmrewind("timeline", alone.config, "--json").stdout)["runs"]]
+
+
+def _newest_run(alone: Alone) -> str:
+    return max(_runs(alone))
