@@ -110,8 +110,11 @@ class ObjectServer:
 
 
 class SeaweedFS(ObjectServer):
-    def __init__(self, directory: Path) -> None:
+    """``address``: where its S3 gateway listens; all else is on loopback."""
+
+    def __init__(self, directory: Path, address: str = "127.0.0.1") -> None:
         super().__init__(directory)
+        self._address = address
         self._ports = [free_port() for _ in range(9)]
 
     def start(self) -> None:
@@ -133,6 +136,7 @@ class SeaweedFS(ObjectServer):
                 weed, "server", "-s3", "-filer", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-dir=data",
                 "-volume.preStopSeconds=0", "-s3.config=s3.json", f"-s3.port={self.port}", "-volume.max=300",
                 "-master.volumeSizeLimitMB=64",
+                f"-s3.ip.bind={self._address}",
                 "-s3.localSocket=s3.sock", "-filer.localSocket=filer.sock", "-s3.autoCreateBucket=false",
                 *(f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)),
             ],

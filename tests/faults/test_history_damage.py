@@ -11,6 +11,7 @@ import pytest
 from tests.history_tools import T0, MadeHistory
 from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history.activity import events, writes
+from vmrewind.history.reading import read_whole
 from vmrewind.history.resolve import resolve
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
@@ -119,7 +120,7 @@ def test_a_damaged_payload_is_named_and_had_from_the_repository_if_it_is_there(m
         assert f"record {seq}" in str(caught.value)
         assert "another copy" in caught.value.hint
         with pytest.raises(CorruptionError):
-            list(view.data())
+            list(read_whole([view]))
         after = View.open(history, "vda", last)
         assert after.read(0, after.size) == made.disk("vda").states[last.seq], "what was overwritten since is not missed"
     # (The helper reads the journal, so the byte is put right while it ships.)

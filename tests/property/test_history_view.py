@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.history_tools import MadeHistory
 from vmrewind.history.index import build_index, effective
+from vmrewind.history.reading import read_whole
 from vmrewind.history.rows import ROW
 from vmrewind.history.view import View
 from vmrewind.journal.format import Op
@@ -96,7 +97,7 @@ def test_every_moment_of_every_disk_equals_the_model(
                         assert view.read(at, length) == disk.states[seq][at : at + length]
                         rebuilt = bytearray(view.size)
                         yielded = 0
-                        for offset, part in view.data():
+                        for _, offset, part in read_whole([view]):
                             rebuilt[offset : offset + len(part)] = part
                             yielded += len(part)
                         assert rebuilt == disk.states[seq]

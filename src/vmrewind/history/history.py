@@ -17,7 +17,7 @@ from vmrewind.errors import CorruptionError, MomentError, RepositoryError, Vmrew
 from vmrewind.history.branch import Branch, branch_of, choose_run, merge_runs
 from vmrewind.history.coverage import Coverage, cover
 from vmrewind.history.records import RunRecords
-from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, object_cache, open_journal
+from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ObjectCache, ShippedSource, open_journal
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
@@ -103,7 +103,7 @@ class History:
             if repository is not None:
                 try:
                     there = repository.runs()
-                    cache = object_cache()
+                    cache = ObjectCache()
                     shipped = [ShippedSource(repository, key, cache) for key in repository.segments()]
                 except RepositoryError as error:
                     repository, problem, there, shipped = None, error, [], []

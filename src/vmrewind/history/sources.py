@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -19,11 +19,13 @@ from vmrewind.journal.reader import Batch, Record, Segment, SegmentFile, segment
 from vmrewind.journal.verify import later_batch
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.repository import VmRepository
-from vmrewind.repository.segment import FRAME_SIZE, Rows, ShippedSegment
+from vmrewind.repository.segment import FRAME_SIZE, Framing, Rows, ShippedSegment
 
 ALL_DISKS_MASK: Final = -1
 """Mask with every disk's bit."""
 
+ROWS_BYTES_MAX: Final = 256 << 20
+"""Of tables, some 5 million records."""
 _DESCRIPTORS_SPARE: Final = 256
 _FRAMES_BYTES_MAX: Final = 8 * FRAME_SIZE
 """What an opened object keeps of its payload at most, bytes."""
@@ -153,35 +155,56 @@ class DamagedObject(CorruptionError):
         self.source = source
 
 
-def object_cache(bytes_max: int = 256 << 20) -> Lru[ShippedSegment]:
-    """A cache of opened objects, bounded by what their tables and the frames that each keeps may take, bytes."""
-    return Lru(bytes_max, lambda shipped: shipped.rows.nbytes + min(shipped.header.payload_length, _FRAMES_BYTES_MAX) + 1024)
+class ObjectCache:
+    """What is kept of opened objects, bounded: tables, opened objects with some frames, and frames that came with their tables."""
+
+    def __init__(self) -> None:
+        self.rows: Lru[Rows] = Lru(ROWS_BYTES_MAX, lambda rows: rows.nbytes + 1024)
+        self.segments: Lru[ShippedSegment] = Lru(128 << 20, lambda _: _FRAMES_BYTES_MAX)
+        self.ahead: Lru[bytes] = Lru(64 << 20, lambda ahead: len(ahead) + 1024)
 
 
 class ShippedSource:
     """A segment object of the repository, read when it is needed."""
 
-    def __init__(self, repository: VmRepository, key: SegmentName, cache: Lru[ShippedSegment]) -> None:
+    def __init__(self, repository: VmRepository, key: SegmentName, cache: ObjectCache) -> None:
         self._repository = repository
         self._key = key
         self._cache = cache
+        self._framing: Framing | None = None
         self.name = key.key
         self.run = key.run
         self.first = key.first
         self.last = key.last
         self.mask = key.mask
 
+    def _reader(self, offset: int, length: int) -> bytes:
+        return self._repository.get_segment(self._key, offset, length)
+
+    def _load(self) -> Rows:
+        segment = ShippedSegment(self._reader, self._key)
+        rows = segment.rows
+        # Without it the table would have to be fetched again for the payloads, should it be forgotten by then.
+        self._framing = replace(segment.framing, ahead=b"")
+        ahead = segment.framing.ahead
+        self._cache.ahead.get(self._key, lambda: ahead)
+        return rows
+
     def _object(self) -> ShippedSegment:
-        return self._cache.get(self._key, self._open)
+        return self._cache.segments.get(self._key, self._open)
 
     def _open(self) -> ShippedSegment:
-        return ShippedSegment(lambda offset, length: self._repository.get_segment(self._key, offset, length), self._key)
+        if self._framing is None:
+            self._load()
+        assert self._framing is not None, "loaded"
+        framing = replace(self._framing, ahead=self._cache.ahead.get(self._key, bytes))
+        return ShippedSegment(self._reader, self._key, framing)
 
     @property
     def rows(self) -> Rows:
         """All rows of the object."""
         try:
-            return self._object().rows
+            return self._cache.rows.get(self._key, self._load)
         except CorruptionError as error:
             raise DamagedObject(self, error) from error
 
@@ -194,6 +217,10 @@ class ShippedSource:
         if xxhash.xxh3_64_intdigest(data) != xxh3:
             raise CorruptionError(f"object {self.name}: the payload of record {seq} does not match its checksum")
         return data
+
+    def span(self, position: int, length: int) -> bytes:
+        """Bytes of the payload stream, by one request; the frames are verified, the records are not. Raises CorruptionError."""
+        return self._open().read_range(position, length)
 
 
 def open_journal(journal: Path) -> tuple[list[LocalSource], list[BrokenFile]]:

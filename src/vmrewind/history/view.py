@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from vmrewind.errors import MomentError
@@ -31,10 +29,6 @@ VOID_DISTANCE_MAX: Final = 2 * fmt.RECORDS_MAX
 
 _CHUNKS_BYTES_MAX: Final = 64 << 20
 _PAYLOADS_BYTES_MAX: Final = 64 << 20
-_READERS: Final = 4
-"""Threads that fetch, decompress and verify; all of it releases the interpreter's lock."""
-_READ_AHEAD: Final = 8
-_TASK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,36 +118,13 @@ class View:
             self._read_base(buffer, offset, at, offset + length)
         return bytes(buffer)
 
-    def data(self) -> Iterator[tuple[int, bytes | memoryview]]:
-        """(offset, bytes) of everything that may be other than zeroes, each byte once, in the order that is cheapest to read.
-
-        First what the base still holds, then the records' payloads in the order in which they lie in their sources, so that a
-        journal or a shipped object is read once from its beginning to its end, however the writes were scattered over the disk.
-        """
-        tasks = chain(self._base_tasks(), self._record_tasks())
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="view") as pool:
-            ahead: deque[Future[list[tuple[int, bytes | memoryview]]]] = deque()
-            try:
-                for task in tasks:
-                    ahead.append(pool.submit(task))
-                    if len(ahead) > _READ_AHEAD:
-                        yield from ahead.popleft().result()
-                while ahead:
-                    yield from ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
-
-    def _base_tasks(self) -> Iterator[Callable[[], list[tuple[int, bytes | memoryview]]]]:
+    def base_pieces(self) -> Iterator[tuple[str, int, list[tuple[int, int]]]]:
+        """(chunk id, its offset on the disk, the parts [start, end) of the disk that it gives) of every chunk that gives any."""
         size = self._manifest.chunk_size
         for number, chunk_id in enumerate(self._manifest.chunks):
             start, end = number * size, min((number + 1) * size, self._manifest.size, self.size)
             if chunk_id is not None and (free := list(self._uncovered(start, end))):
-                yield partial(self._base_parts, number, free)
-
-    def _base_parts(self, number: int, parts: list[tuple[int, int]]) -> list[tuple[int, bytes | memoryview]]:
-        chunk, start = memoryview(self._chunk(number)), number * self._manifest.chunk_size
-        return [(low, chunk[low - start : high - start]) for low, high in parts]
+                yield chunk_id, start, free
 
     def _uncovered(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """The parts of [start, end) that no record owns."""
@@ -165,18 +136,28 @@ class View:
         if at < end:
             yield at, end
 
-    def _record_tasks(self) -> Iterator[Callable[[], list[tuple[int, bytes | memoryview]]]]:
-        index = self._index
-        rank = np.empty(len(index.rows), np.int64)
-        rank[np.lexsort((index.rows["position"], index.sources))] = np.arange(len(index.rows))
-        chosen = np.flatnonzero(self._is_written[index.owners] & (index.starts < self.size))
-        chosen = chosen[np.argsort(rank[index.owners[chosen]], kind="stable")]
-        sizes = np.cumsum(index.ends[chosen] - index.starts[chosen])
-        borders = np.flatnonzero(np.diff(sizes // _TASK_BYTES, append=-1)) + 1
-        for first, last in pairwise([0, *borders.tolist()]):
-            yield partial(self._record_parts, chosen[first:last])
+    def read_chunk(self, chunk_id: str) -> bytes:
+        """A chunk of the base, verified; raises RepositoryError, CorruptionError."""
+        repository = self._history.reachable_repository(f"base {self._manifest.id} of disk {self.disk.target}")
+        return repository.read_chunk(chunk_id)
 
-    def _record_parts(self, extents: NDArray[np.int64]) -> list[tuple[int, bytes | memoryview]]:
+    def written_extents(self) -> Iterator[tuple[Source, NDArray[np.int64]]]:
+        """The numbers of the extents that records' payloads give, by source, in the order in which they lie there."""
+        index = self._index
+        chosen = np.flatnonzero(self._is_written[index.owners] & (index.starts < self.size))
+        owners = index.owners[chosen]
+        sources = index.sources[owners]
+        order = np.lexsort((index.rows["position"][owners], sources))
+        chosen, sources = chosen[order], sources[order]
+        borders = np.flatnonzero(np.diff(sources)) + 1
+        for first, last in pairwise([0, *borders.tolist(), len(chosen)]):
+            if last > first:
+                yield self._origins[int(sources[first])].source, chosen[first:last]
+
+    def parts(
+        self, extents: NDArray[np.int64], fetched: Callable[[int, int], bytes | memoryview | None] = lambda *_: None
+    ) -> list[tuple[int, bytes | memoryview]]:
+        """(offset, bytes) of extents of one source. ``fetched(position, length)`` gives payloads that are here already, or None."""
         index = self._index
         starts, owners = index.starts[extents].tolist(), index.owners[extents]
         ends = np.minimum(index.ends[extents], self.size).tolist()
@@ -186,15 +167,27 @@ class View:
         last_seq, payload = -1, memoryview(b"")
         for start, end, source, (seq, _, offset, position, xxh3, length, *_) in zip(starts, ends, sources, rows, strict=True):
             if seq != last_seq:
-                origin = self._origins[source]
-                payload = memoryview(origin.records.payload(origin.source, origin.disk, seq, position, length, xxh3))
+                here = fetched(position, length)
+                if here is None or xxhash.xxh3_64_intdigest(here) != xxh3:
+                    origin = self._origins[source]
+                    here = origin.records.payload(origin.source, origin.disk, seq, position, length, xxh3)
+                payload = memoryview(here)
                 last_seq = seq
             parts.append((start, payload[start - offset : end - offset]))
         return parts
 
+    def places(self, extents: NDArray[np.int64]) -> NDArray[np.void]:
+        """The rows that own extents: where their payloads lie in the source."""
+        rows: NDArray[np.void] = self._index.rows[self._index.owners[extents]]
+        return rows
+
+    def extent_bytes(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many bytes each extent has."""
+        return self._index.ends[extents] - self._index.starts[extents]
+
     @property
     def data_bytes(self) -> int:
-        """How many bytes ``data`` yields."""
+        """How many bytes ``read_whole`` yields of it."""
         starts, ends = np.minimum(self._index.starts, self.size), np.minimum(self._index.ends, self.size)
         total = int((ends - starts)[self._is_written[self._index.owners]].sum())
         held = np.flatnonzero([chunk_id is not None for chunk_id in self._manifest.chunks])
@@ -272,8 +265,7 @@ class View:
     def _chunk(self, number: int) -> bytes:
         chunk_id = self._manifest.chunks[number]
         assert chunk_id is not None, "zero chunks are not read"
-        repository = self._history.reachable_repository(f"base {self._manifest.id} of disk {self.disk.target}")
-        return repository.read_chunk(chunk_id)
+        return self.read_chunk(chunk_id)
 
     def _read_record(self, buffer: bytearray, origin: int, start: int, end: int, owner: int) -> None:
         if not self._is_written[owner]:

@@ -26,6 +26,7 @@ from vmrewind.capture.recovery import Recovered, recover
 from vmrewind.errors import CorruptionError, ImageError, MomentError, SpaceError, UsageError, VmrewindError, VmStateError
 from vmrewind.history.changes import changed_ranges
 from vmrewind.history.history import History
+from vmrewind.history.reading import read_whole
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
 from vmrewind.journal.format import run_name
@@ -274,7 +275,7 @@ class _Job:
         done = 0
         differing: set[int] = set()
         self._progress(target, 0, size)
-        for offset, data in self.view.data():
+        for _, offset, data in read_whole([self.view]):
             if os.pread(self.image.fd, len(data), offset) != bytes(data):
                 differing.update(range(offset // _STEP, (offset + len(data) - 1) // _STEP + 1))
             done += len(data)

@@ -15,6 +15,7 @@ from typing import Final
 
 from vmrewind.errors import ImageError, SpaceError, UsageError
 from vmrewind.history.history import History
+from vmrewind.history.reading import read_whole
 from vmrewind.history.view import View
 from vmrewind.journal.runs import Position, sync_directory
 from vmrewind.recover.blocks import nonzero_runs
@@ -61,22 +62,20 @@ def restore(history: History, targets: Sequence[str], position: Position, output
         raise UsageError(f"{output}: cannot be made a directory: {error.strerror}", "name another --output") from error
     paths = [output / f"{view.disk.target}.{'qcow2' if view.disk.format == 'qcow2' else 'raw'}" for view in views]
     _refuse_existing(paths)
-    disks: list[RestoredDisk] = []
     with ExitStack() as temporaries:
-        files: list[Path] = []
-        for view, path in zip(views, paths, strict=True):
-            temporary, fd = temporaries.enter_context(_temporary(path))
-            with _naming(path):
-                written = _fill(view, fd, progress)
-                os.fsync(fd)
-            files.append(temporary)
-            disk = view.disk
-            disks.append(RestoredDisk(disk.target, path, disk.format, view.size, written, view.base_id, disk.backing))
+        jobs = [
+            _Job(view, path, *temporaries.enter_context(_temporary(path)), progress)
+            for view, path in zip(views, paths, strict=True)
+        ]
+        for number, offset, data in read_whole(views):
+            jobs[number].write(offset, data)
+        for job in jobs:
+            job.finish()
         _refuse_existing(paths)
-        for temporary, path in zip(files, paths, strict=True):
-            temporary.rename(path)
+        for job in jobs:
+            job.temporary.rename(job.path)
         sync_directory(output)
-    return Restored(history.name, position, disks)
+    return Restored(history.name, position, [job.restored for job in jobs])
 
 
 def _refuse_existing(paths: Sequence[Path]) -> None:
@@ -123,18 +122,39 @@ def _naming(path: Path) -> Iterator[None]:
         raise ImageError(f"{path}: cannot be written: {error.strerror}", "name another --output") from error
 
 
-def _fill(view: View, fd: int, progress: Progress) -> int:
-    """Write a view into an empty file, leaving holes for zeroes; returns the bytes written."""
-    os.ftruncate(fd, view.size)
-    total, done, written = view.data_bytes, 0, 0
-    progress(view.disk.target, 0, total)
-    for offset, data in view.data():
+class _Job:
+    """One disk that is being written, as holes where it has zeroes."""
+
+    def __init__(self, view: View, path: Path, temporary: Path, fd: int, progress: Progress) -> None:
+        self.path = path
+        self.temporary = temporary
+        self._view = view
+        self._fd = fd
+        self._progress = progress
+        self._total, self._done, self._written = view.data_bytes, 0, 0
+        with _naming(path):
+            os.ftruncate(fd, view.size)
+        progress(view.disk.target, 0, self._total)
+
+    @property
+    def restored(self) -> RestoredDisk:
+        """The report."""
+        disk = self._view.disk
+        return RestoredDisk(disk.target, self.path, disk.format, self._view.size, self._written, self._view.base_id, disk.backing)
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Write a part of the disk, leaving holes for zeroes."""
         block = memoryview(data)
-        for start, end in nonzero_runs(offset, block):
-            written += write_all(fd, block[start:end], offset + start)
-        done += len(data)
-        progress(view.disk.target, done, total)
-    return written
+        with _naming(self.path):
+            for start, end in nonzero_runs(offset, block):
+                self._written += write_all(self._fd, block[start:end], offset + start)
+        self._done += len(data)
+        self._progress(self._view.disk.target, self._done, self._total)
+
+    def finish(self) -> None:
+        """Make it durable."""
+        with _naming(self.path):
+            os.fsync(self._fd)
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> int:

@@ -103,6 +103,15 @@ class SegmentHeader:
         return HEADER.size + self.table_length + self.frame_count * INDEX_ROW.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """Where an object's frames are, and the first bytes of them that came with the table (``ahead``)."""
+
+    header: SegmentHeader
+    index: npt.NDArray[np.void]
+    ahead: bytes
+
+
 class ShippedSegment:
     """Reads a shipped segment piece by piece and verifies every piece. May be used from several threads.
 
@@ -110,22 +119,34 @@ class ShippedSegment:
     (and the seq of the record) where a checksum or the structure is wrong, and what the reader raises.
     """
 
-    def __init__(self, reader: Callable[[int, int], bytes], name: SegmentName) -> None:
+    def __init__(self, reader: Callable[[int, int], bytes], name: SegmentName, framing: Framing | None = None) -> None:
         self.name = name
         self._reader = reader
         self._lock = threading.Lock()
-        self._loaded: tuple[SegmentHeader, Rows, npt.NDArray[np.void]] | None = None
+        self._framing = framing
+        self._rows: Rows | None = None
         self._frames: OrderedDict[int, bytes] = OrderedDict()
 
     @property
     def header(self) -> SegmentHeader:
         """The verified header."""
-        return self._load()[0]
+        return self.framing.header
 
     @property
     def rows(self) -> Rows:
         """Every record, as SHIP_ROW in order of seq."""
-        return self._load()[1]
+        if self._rows is None:
+            self._load()
+        assert self._rows is not None, "loaded"
+        return self._rows
+
+    @property
+    def framing(self) -> Framing:
+        """What is needed to read payloads, without the rows: given to another one of the same object, it need not ask again."""
+        if self._framing is None:
+            self._load()
+        assert self._framing is not None, "loaded"
+        return self._framing
 
     def payload(self, row: np.void) -> bytes:
         """The payload of one of ``rows``, verified; empty for a record without one."""
@@ -141,7 +162,7 @@ class ShippedSegment:
 
     def read_range(self, position: int, length: int) -> bytes:
         """``length`` bytes of the payload stream from ``position`` on; the frames' checksums are verified, the records' are not."""
-        header, _, index = self._load()
+        header, index = self.framing.header, self.framing.index
         if length == 0:
             return b""
         if position < 0 or length < 0 or position + length > header.payload_length:
@@ -165,7 +186,7 @@ class ShippedSegment:
             # One read for all: what is cached in between costs less than a second request.
             ends = index["end"]
             start = int(ends[missing[0] - 1]) if missing[0] else 0
-            packed = memoryview(self._reader(header.frames_at + start, int(ends[missing[-1]]) - start))
+            packed = memoryview(self._read_frames(start, int(ends[missing[-1]])))
             for number in missing:
                 from_ = (int(ends[number - 1]) if number else 0) - start
                 cached[number] = self._unpack(header, index, number, packed[from_ : int(ends[number]) - start])
@@ -188,18 +209,26 @@ class ShippedSegment:
             raise self._damaged(f"frame {number} holds {len(plain)} bytes instead of {size}")
         return plain
 
-    def _load(self) -> tuple[SegmentHeader, Rows, npt.NDArray[np.void]]:
-        if self._loaded is None:
-            head = self._reader(0, _READ_AHEAD)
-            header = self._parse_header(head)
-            if header.frames_at > len(head):
-                head += self._reader(len(head), header.frames_at - len(head))
-            if len(head) < header.frames_at:
-                raise self._damaged(f"the object ends at {len(head)} bytes, inside its table")
-            table = head[HEADER.size : HEADER.size + header.table_length]
-            packed_index = head[HEADER.size + header.table_length : header.frames_at]
-            self._loaded = (header, self._parse_table(header, table), self._parse_index(header, packed_index))
-        return self._loaded
+    def _read_frames(self, start: int, end: int) -> bytes:
+        """Bytes [start, end) behind the first frame's beginning; what came with the table is not asked for again."""
+        ahead = self.framing.ahead
+        if start >= len(ahead):
+            return self._reader(self.framing.header.frames_at + start, end - start)
+        if end <= len(ahead):
+            return ahead[start:end]
+        return ahead[start:] + self._reader(self.framing.header.frames_at + len(ahead), end - len(ahead))
+
+    def _load(self) -> None:
+        head = self._reader(0, _READ_AHEAD)
+        header = self._parse_header(head)
+        if header.frames_at > len(head):
+            head += self._reader(len(head), header.frames_at - len(head))
+        if len(head) < header.frames_at:
+            raise self._damaged(f"the object ends at {len(head)} bytes, inside its table")
+        table = head[HEADER.size : HEADER.size + header.table_length]
+        packed_index = head[HEADER.size + header.table_length : header.frames_at]
+        self._rows = self._parse_table(header, table)
+        self._framing = Framing(header, self._parse_index(header, packed_index), head[header.frames_at :])
 
     def _parse_header(self, head: bytes) -> SegmentHeader:
         if len(head) < HEADER.size or head[:8] != MAGIC:

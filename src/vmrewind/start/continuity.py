@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vmrewind.errors import CorruptionError
 from vmrewind.history.records import RunRecords
-from vmrewind.history.sources import ShippedSource, object_cache
+from vmrewind.history.sources import ObjectCache, ShippedSource
 from vmrewind.journal import format as fmt
 from vmrewind.journal.closed_gaps import gap_noted_closed
 from vmrewind.journal.reader import Segment, records, segment_files
@@ -96,7 +96,7 @@ def _gap_closed_there(repository: VmRepository | None, shipped: list[SegmentName
     """The same of a run whose segments are not here: it ran on another host, or was recycled."""
     if repository is None:
         return False
-    cache = object_cache()
+    cache = ObjectCache()
     sources = [ShippedSource(repository, name, cache) for name in shipped if name.run == run and name.carries(disk)]
     try:
         return RunRecords(run, [], sources, []).gap_closed(disk, 0, (1 << 64) - 1) is not None
