@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.ship_support import MIB, WrittenJournal
-from vmrewind.capture.policy import RUN_DONE, FullPolicy
+from vmrewind.capture.policy import POLICIES, RUN_DONE, FullPolicy
 from vmrewind.journal import format as fmt
 from vmrewind.journal.pool import Recycling
 from vmrewind.journal.reader import Segment, SegmentFile, segment_files
@@ -63,6 +63,15 @@ def test_a_segment_is_shipped_when_its_runs_word_covers_its_last_record(journal:
     assert verdicts(journal, state) == [Recycling.NO] * 4
     say(journal, {7: RUN_DONE})
     assert verdicts(journal, state) == [Recycling.FREE] * 3 + [Recycling.NO]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_history_of_a_disk_that_is_not_carried_is_lost_with_its_segment_and_that_is_declared(
+    journal: Path, state: StatePage, name: str
+) -> None:
+    word = {"runs": {fmt.run_name(8): RUN_DONE}, "carried": {fmt.run_name(7): RUN_DONE, fmt.run_name(8): RUN_DONE}}
+    (journal / "shipped.json").write_text(json.dumps(word))
+    assert verdicts(journal, state, name) == [Recycling.DROPS] * 3 + [Recycling.FREE]
 
 
 @pytest.mark.parametrize("word", ["", "{", "[]", "null", '{"runs": 7}', '{"runs": {"x": 1}}', '{"runs": {"7": null}}',

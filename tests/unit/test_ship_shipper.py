@@ -48,9 +48,9 @@ class Place:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [(e["disks"], e["first_seq"], e["last_seq"]) for e in lines if e["event"] == "ship.hole"]
 
-    def noted(self) -> dict[int, int]:
+    def noted(self, key: str = "runs") -> dict[int, int]:
         word = json.loads((self.journal / "shipped.json").read_bytes())
-        return {int(run, 16): seq for run, seq in word["runs"].items()}
+        return {int(run, 16): seq for run, seq in word[key].items()}
 
 
 @pytest.fixture
@@ -139,6 +139,8 @@ def test_only_named_disks_are_carried_and_whole_vm_records_with_each(place: Plac
     assert shipped(place.vm, 7, 1) == written.of(1)
     assert shipped(place.vm, 7, 0) == []
     assert {name.mask for name in place.vm.segments()} == {0b10}
+    assert place.noted() == {7: 0}, "of vda nothing is there"
+    assert place.noted("carried") == {7: written.truth[-1].seq}
     assert covered(place.vm, 7, 1) == [(1, written.truth[-1].seq)]
 
 

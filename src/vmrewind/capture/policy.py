@@ -33,6 +33,7 @@ class FullPolicy:
         self._journal = journal
         self._state = state
         self._shipped: dict[int, int] = {}
+        self._carried: dict[int, int] = {}
         self._read_at = 0.0
         self._waits_for_checkpoint = False
 
@@ -53,11 +54,13 @@ class FullPolicy:
         """The verdict on one live segment."""
         successor = self._successor(segment)
         if segment.run == self._state.run and (successor is None or successor.first_batch - 1 > self._state.checkpoint):
-            self._waits_for_checkpoint = successor is not None and self._is_shipped(segment, successor)
+            self._waits_for_checkpoint = successor is not None and self._is_carried(segment, successor)
             return Recycling.NO
-        if self._is_shipped(segment, successor):
+        carried = self._is_carried(segment, successor)
+        if carried and self._reaches(self._shipped, segment, successor):
             return Recycling.FREE
-        return Recycling.DROPS if self.name == "drop-history" else Recycling.NO
+        # Of a disk that ship is not told to carry, the journal alone has the history; but nobody waits for what will not come.
+        return Recycling.DROPS if carried or self.name == "drop-history" else Recycling.NO
 
     def _successor(self, segment: SegmentFile) -> SegmentHeader | None:
         """The header of the run's next segment; where that can't be read, of the first behind it that can."""
@@ -69,8 +72,8 @@ class FullPolicy:
         except CorruptionError:
             return self._successor(replace(segment, number=segment.number + 1))
 
-    def _is_shipped(self, segment: SegmentFile, successor: SegmentHeader | None) -> bool:
-        """Whether ship has carried all of the segment away: ``shipped.json`` is its word on each run, written after the objects.
+    def _is_carried(self, segment: SegmentFile, successor: SegmentHeader | None) -> bool:
+        """Whether ship has carried away all that it is told to of the segment: ``shipped.json``, written after the objects.
 
         A run that it says nothing of was not shipped, however old it is.
         """
@@ -78,8 +81,14 @@ class FullPolicy:
             self._read_at = time.monotonic()
             try:
                 word = json.loads((self._journal / "shipped.json").read_bytes())
-                self._shipped = {int(run, 16): int(seq) for run, seq in word["runs"].items()}
+                shipped = {int(run, 16): int(seq) for run, seq in word["runs"].items()}
+                carried = {int(run, 16): int(seq) for run, seq in word.get("carried", word["runs"]).items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-                self._shipped = {}
+                shipped = carried = {}
+            self._shipped, self._carried = shipped, carried
+        return self._reaches(self._carried, segment, successor)
+
+    @staticmethod
+    def _reaches(word: dict[int, int], segment: SegmentFile, successor: SegmentHeader | None) -> bool:
         last_seq = successor.first_seq - 1 if successor is not None else RUN_DONE
-        return self._shipped.get(segment.run, -1) >= last_seq
+        return word.get(segment.run, -1) >= last_seq

@@ -19,10 +19,10 @@ RUN_DONE: Final = (1 << 64) - 1
 
 
 def last_noted(journal: Path) -> dict[int, int]:
-    """What ship has noted of each run in ``shipped.json``: the seq up to which it is carried."""
+    """What ship has noted of each run in ``shipped.json``: the seq up to which the disks that it was told of are carried."""
     try:
         word = json.loads((journal / "shipped.json").read_bytes())
-        return {int(run, 16): int(seq) for run, seq in word["runs"].items()}
+        return {int(run, 16): int(seq) for run, seq in word["carried"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
 

@@ -86,7 +86,7 @@ class Shipper:
         """Whether there is something to do that only the bandwidth limit holds back."""
         self._runs: dict[int, RunInfo] = {}
         self._held: set[int] = set()
-        self._noted: dict[int, int] = {}
+        self._noted: tuple[dict[int, int], dict[int, int]] = {}, {}
 
     def step(self, disks: tuple[str, ...], *, hurry: bool = False) -> float:
         """Do what is to be done next for ``disks``; returns for how many seconds there is nothing more to do.
@@ -141,13 +141,14 @@ class Shipper:
 
     def _note_shipped(self) -> None:
         """Tell capture up to where each run was carried away: what the journal-full policy goes by."""
-        reached = self._reached(self._disks)
-        if not reached or reached == self._noted:
+        carried, runs = self._reached(self._disks), self._reached(self._disks, whole=True)
+        if not carried or (carried, runs) == self._noted:
             return
-        self._noted = reached
+        self._noted = carried, runs
         path = self._journal / "shipped.json"
         temporary = path.with_name(".shipped.json.tmp")
-        content = json.dumps({"runs": {run_name(run): seq for run, seq in reached.items()}}).encode()
+        word = {"runs": runs, "carried": carried}
+        content = json.dumps({key: {run_name(run): seq for run, seq in seqs.items()} for key, seqs in word.items()}).encode()
         # Without a sync: an old word, or none, makes capture keep more than it must, never less.
         with contextlib.suppress(OSError):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -157,8 +158,8 @@ class Shipper:
                 os.close(fd)
             temporary.replace(path)
 
-    def _reached(self, disks_carried: tuple[str, ...]) -> dict[int, int]:
-        """By run: the seq up to which everything that is to be carried is in the repository; SEQ_MAX for a finished run."""
+    def _reached(self, disks_carried: tuple[str, ...], *, whole: bool = False) -> dict[int, int]:
+        """By run: the seq up to which these disks (``whole``: all) are in the repository; SEQ_MAX for a finished run."""
         if not self._runs or not disks_carried:
             return {}
         newest = max(self._runs)
@@ -166,7 +167,7 @@ class Shipper:
         for run in sorted(self._held | {newest}):
             info = self._runs.get(run)
             if info is not None:
-                disks = [disk.index for disk in info.disks if disk.target in disks_carried]
+                disks = [disk.index for disk in info.disks if whole or disk.target in disks_carried]
                 each = (self._coverage.reached(run, index, info.first_seq) for index in disks)
                 reached[run] = min(each, default=SEQ_MAX)
             elif run < newest and run not in self._descriptions.lost:
