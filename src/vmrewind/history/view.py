@@ -105,9 +105,15 @@ class View:
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on, within the disk. Raises CorruptionError, RepositoryError."""
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError(f"bytes {offset}+{length} of a disk of {self.size}")
         buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, which holds zeroes, with the disk's bytes from ``offset`` on. Raises as ``read`` does."""
+        length = len(buffer)
+        if offset < 0 or offset + length > self.size:
+            raise ValueError(f"bytes {offset}+{length} of a disk of {self.size}")
         at = offset
         for start, end, owner in self._extents(offset, length):
             if start > at:
@@ -116,7 +122,6 @@ class View:
             at = end
         if at < offset + length:
             self._read_base(buffer, offset, at, offset + length)
-        return bytes(buffer)
 
     def base_pieces(self) -> Iterator[tuple[str, int, list[tuple[int, int]]]]:
         """(chunk id, its offset on the disk, the parts [start, end) of the disk that it gives) of every chunk that gives any."""
@@ -253,7 +258,7 @@ class View:
         ends = np.minimum(self._index.ends[touched], offset + length).tolist()
         return zip(starts, ends, self._index.owners[touched].tolist(), strict=True)
 
-    def _read_base(self, buffer: bytearray, origin: int, start: int, end: int) -> None:
+    def _read_base(self, buffer: memoryview, origin: int, start: int, end: int) -> None:
         for extent in self._base_kinds(start, end):
             if extent.zero:
                 continue
@@ -267,7 +272,7 @@ class View:
         assert chunk_id is not None, "zero chunks are not read"
         return self.read_chunk(chunk_id)
 
-    def _read_record(self, buffer: bytearray, origin: int, start: int, end: int, owner: int) -> None:
+    def _read_record(self, buffer: memoryview, origin: int, start: int, end: int, owner: int) -> None:
         if not self._is_written[owner]:
             return
         row = self._index.rows[owner]

@@ -1,7 +1,8 @@
-"""An NBD server of disks that are composed as they are read: a thread for each client, a few more that read and write for all.
+"""An NBD server of disks that are composed as they are read, with a few threads for each client.
 
 Unlike capture's it may wait: a read can mean a request to an object store. So requests of one client are carried out beside one
-another, and answered as they are done, which the protocol allows.
+another, and answered as they are done, which the protocol allows. A client's threads take turns at receiving: whoever has received
+a request carries it out while the next one receives. A client that does not take its replies holds up nobody but itself.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -22,10 +22,9 @@ from vmrewind.nbd.negotiation import CONTEXT_ID, ExportInfo, Handshake, Protocol
 from vmrewind.recover.scratch import Scratch
 
 _REQUEST_LENGTH_MAX: Final = 32 << 20
-_WORKERS: Final = 8
-_IN_FLIGHT_MAX: Final = 16
-"""Requests of one client that are being carried out; more are left in its socket, so that memory stays bounded."""
-_CLIENTS_MAX: Final = 64
+_THREADS: Final = 4
+"""For each client, and so how many of its requests are carried out at a time; more are left in its socket."""
+_CLIENTS_MAX: Final = 32
 _HANDSHAKE_SECONDS: Final = 10.0
 _EXTENTS_MAX: Final = 4096
 _POLL_SECONDS: Final = 0.5
@@ -41,7 +40,6 @@ class ExportServer:
         self._disks = disks
         self._listener = listener
         self._exports = {name: _export(name, disk) for name, disk in disks.items()}
-        self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="export")
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -64,7 +62,6 @@ class ExportServer:
             _shut(sock)
         for thread in clients.values():
             thread.join()
-        self._pool.shutdown()
 
     def _accept(self) -> None:
         while not self._stopping.is_set():
@@ -93,7 +90,7 @@ class ExportServer:
                 sock.sendall(handshake.feed(received))
             if handshake.chosen is not None:
                 sock.settimeout(None)
-                _Client(sock, self._disks[handshake.chosen.name], handshake, self._pool, self._tell).serve()
+                _Client(sock, self._disks[handshake.chosen.name], handshake, self._tell).serve()
         except (OSError, ProtocolError):
             pass  # It has gone, or speaks something else.
         finally:
@@ -147,7 +144,6 @@ class _Client:
         sock: socket.socket,
         disk: View | Scratch,
         handshake: Handshake,
-        pool: ThreadPoolExecutor,
         complain: Callable[[str], None],
     ) -> None:
         self._sock = sock
@@ -155,23 +151,37 @@ class _Client:
         self._structured = handshake.structured
         self._block_status = handshake.block_status
         self._received = memoryview(bytes(handshake.buffer))
-        self._pool = pool
         self._complain = complain
-        self._room = threading.BoundedSemaphore(_IN_FLIGHT_MAX)
+        self._over = False
+        self._receiving = threading.Lock()
         self._sending = threading.Lock()
 
     def serve(self) -> None:
         """Carry out what the client asks until it goes; everything it asked for is answered before this returns."""
-        try:
-            while (request := self._next()) is not None:
-                self._room.acquire()
-                self._pool.submit(self._carry_out, request)
-        finally:
-            for _ in range(_IN_FLIGHT_MAX):
-                self._room.acquire()
+        others = [threading.Thread(target=self._work, name="export-client", daemon=True) for _ in range(_THREADS - 1)]
+        for thread in others:
+            thread.start()
+        self._work()
+        for thread in others:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._receiving:
+                request = None if self._over else self._next()
+                if request is None:
+                    self._over = True
+                    return
+            self._carry_out(request)
 
     def _next(self) -> _Request | None:
         """The next request, None if the client said goodbye, is gone, or speaks something else."""
+        try:
+            return self._read_request()
+        except OSError:
+            return None
+
+    def _read_request(self) -> _Request | None:
         head = self._receive(nbd.REQUEST.size)
         if head is None:
             return None
@@ -213,15 +223,13 @@ class _Client:
                 self._sock.sendall(answer)
         except OSError:
             _shut(self._sock)  # The client has gone; its receiving end finds out.
-        finally:
-            self._room.release()
 
-    def _answer(self, request: _Request) -> bytes:
+    def _answer(self, request: _Request) -> bytes | bytearray:
         if error := self._refusal(request):
             return self._failed(request, error)
         disk = self._disk
         if request.command == nbd.CMD_READ and request.length:
-            return self._data(request, disk.read(request.offset, request.length))
+            return self._data(request, disk)
         if request.command == nbd.CMD_BLOCK_STATUS:
             return self._status(request)
         if isinstance(disk, Scratch):
@@ -258,19 +266,16 @@ class _Client:
             )
         return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, request.cookie)
 
-    def _data(self, request: _Request, data: bytes) -> bytes:
+    def _data(self, request: _Request, disk: View | Scratch) -> bytearray:
+        head = nbd.DATA_CHUNK if self._structured else nbd.SIMPLE_REPLY
+        answer = bytearray(head.size + request.length)
+        disk.read_into(request.offset, memoryview(answer)[head.size :])
         if self._structured:
-            head = nbd.DATA_CHUNK.pack(
-                nbd.STRUCTURED_REPLY_MAGIC,
-                nbd.REPLY_FLAG_DONE,
-                nbd.REPLY_OFFSET_DATA,
-                request.cookie,
-                len(data) + 8,
-                request.offset,
-            )
+            magic, done, kind = nbd.STRUCTURED_REPLY_MAGIC, nbd.REPLY_FLAG_DONE, nbd.REPLY_OFFSET_DATA
+            head.pack_into(answer, 0, magic, done, kind, request.cookie, request.length + 8, request.offset)
         else:
-            head = nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, request.cookie)
-        return head + data
+            head.pack_into(answer, 0, nbd.SIMPLE_REPLY_MAGIC, 0, request.cookie)
+        return answer
 
     def _status(self, request: _Request) -> bytes:
         limit = 1 if request.flags & nbd.CMD_FLAG_REQ_ONE else _EXTENTS_MAX

@@ -48,26 +48,23 @@ class Scratch:
         with self._lock:
             return self._held.total
 
-    def read(self, offset: int, length: int) -> bytes:
-        """From the scratch file what it holds, the rest from the view."""
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, which holds zeroes: from the scratch file what it holds, the rest from the view."""
         with self._lock:
-            parts = list(self._held.split(offset, offset + length))
-        if len(parts) == 1 and not parts[0][2]:
-            return self._view.read(offset, length)
-        found = []
+            parts = list(self._held.split(offset, offset + len(buffer)))
         for start, end, held in parts:
-            found.append(self._read_scratch(start, end) if held else self._view.read(start, end - start))
-        return b"".join(found)
+            part = buffer[start - offset : end - offset]
+            if held:
+                self._read_scratch(start, part)
+            else:
+                self._view.read_into(start, part)
 
-    def _read_scratch(self, start: int, end: int) -> bytes:
-        pieces = []
-        while start < end:
-            piece = os.pread(self._fd, end - start, start)
-            if not piece:
+    def _read_scratch(self, start: int, part: memoryview) -> None:
+        while part:
+            got = os.preadv(self._fd, (part,), start)
+            if not got:
                 raise OSError(errno.EIO, "the scratch file is shorter than its disk")
-            pieces.append(piece)
-            start += len(piece)
-        return b"".join(pieces)
+            start, part = start + got, part[got:]
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         """What is held counts as data."""
