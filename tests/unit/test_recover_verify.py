@@ -8,13 +8,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.damage_tools import World, damage_of, kind_of, make_world
 from tests.failing_store import FailingStore
 from tests.history_tools import VM, exit_code_of_main
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError
+from vmrewind.history.history import History
 from vmrewind.journal.events import EventLog
+from vmrewind.journal.format import Op
 from vmrewind.paths import VmPaths, state_root
 from vmrewind.recover.findings import Finding, Kind
 from vmrewind.recover.verified import Verified
@@ -229,3 +232,45 @@ def test_nothing_is_written_into_the_repository(world: World) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path(world.url).rglob("*")}
     world.verify()
     assert before == {path: path.stat().st_mtime_ns for path in Path(world.url).rglob("*")}
+
+
+class TestContent:
+    """Objects that are whole by every checksum of their own, and wrong all the same."""
+
+    def rewrite(self, world: World, **changes: object) -> str:
+        vm = Repository.open(world.url).vm(VM)
+        name = vm.segments()[1]
+        whole = ShippedSegment(lambda offset, length: vm.get_segment(name, offset, length), name)
+        rows = whole.rows.copy()
+        payload = whole.read_range(0, whole.header.payload_length)
+        if "xxh3" in changes:
+            rows["xxh3"][np.flatnonzero(rows["op"] == Op.WRITE)[1]] ^= 1
+        uuid = bytes(16) if "uuid" in changes else whole.header.uuid
+        world.path(name.key).write_bytes(encode_segment(name, uuid, rows, payload))
+        return name.key
+
+    def test_a_record_that_is_not_what_capture_had(self, world: World) -> None:
+        key = self.rewrite(world, xxh3=1)
+        (finding,) = damage_of(world.verify())
+        assert (finding.object, "does not match its checksum" in finding.message) == (key, True)
+        assert {one.first for one in finding.affected if one.run == 100} != {5}, "just from that record on"
+
+    def test_a_segment_of_another_vm_with_the_same_run(self, world: World) -> None:
+        key = self.rewrite(world, uuid=1)
+        (finding,) = damage_of(world.verify())
+        assert (finding.object, "another VM" in finding.message) == (key, True)
+
+    def test_a_base_that_names_a_chunk_of_another_length(self, world: World) -> None:
+        vm = Repository.open(world.url).vm(VM)
+        (vda, *_), (vdb,) = vm.bases("vda"), vm.bases("vdb")
+        one, other = vm.base("vda", vda), vm.base("vdb", vdb)
+        world.path(f"vms/{VM}/bases/vdb/{vdb}.json").write_bytes(replace(other, chunks=one.chunks).to_json())
+        assert any(finding.object.endswith(str(one.chunks[0])) for finding in damage_of(world.verify()))
+
+    def test_a_newest_run_without_a_description_is_not_passed_over_for_an_older_one(self, world: World) -> None:
+        newest = max(key for key in world.objects() if kind_of(key) == "runs")
+        world.path(newest).unlink()
+        with History.open(VM, None, Repository.open(world.url).vm(VM)) as history:
+            with pytest.raises(CorruptionError, match="its description is missing"):
+                history.branch()
+            assert history.branch("64").run == 100
