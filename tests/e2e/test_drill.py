@@ -138,7 +138,8 @@ def test_a_libvirt_domain_boots_in_a_qemu_of_our_own(stored: Stored, scratch: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_behind(stored: Stored, scratch: Path, number: signal.Signals) -> None:
-    command = [VMREWIND, "verify", stored.stored, "--drill", "--at", stored.sound, "--scratch", scratch, "--until", "NEVER"]
+    # A machine that does not boot does not end either, by itself.
+    command = [VMREWIND, "verify", stored.stored, "--drill", "--at", "latest", "--scratch", scratch, "--until", "NEVER"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         wait_until(lambda: machines(scratch) or process.poll() is not None, "the machine runs")
         (pid,) = machines(scratch)
@@ -157,6 +158,15 @@ def test_too_little_space_is_told_before_anything_is_restored(
         position = resolve(history, history.branch(), stored.sound, ["vda"])
         with pytest.raises(SpaceError, match=f"{scratch}: 1048576 bytes are free"):
             drill_it(history, ["vda"], position, Wanted("NEVER", 1, scratch), lambda *_: pytest.fail("nothing is restored"))
+    assert list(scratch.iterdir()) == []
+
+
+def test_the_machine_is_ended_with_the_drill_though_its_process_lives_on(stored: Stored, scratch: Path) -> None:
+    with StoredVm("web", str(stored.vm.repository)).history() as history:
+        position = resolve(history, history.branch(), "latest", ["vda"])
+        result = drill_it(history, ["vda"], position, Wanted("NEVER", 1, scratch), lambda *_: None)
+    assert not result.passed
+    assert machines(scratch) == []
     assert list(scratch.iterdir()) == []
 
 

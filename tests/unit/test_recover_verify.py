@@ -19,6 +19,7 @@ from vmrewind.history.history import History
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import Op
 from vmrewind.paths import VmPaths, state_root
+from vmrewind.recover.drill import random_moment
 from vmrewind.recover.findings import Finding, Kind
 from vmrewind.recover.verified import Verified
 from vmrewind.recover.verify import verify
@@ -26,6 +27,7 @@ from vmrewind.repository.description import read_description
 from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.opening import open_store
 from vmrewind.repository.repository import Repository
+from vmrewind.repository.sealed import seal
 from vmrewind.repository.segment import ShippedSegment, encode_segment
 
 
@@ -274,3 +276,18 @@ class TestContent:
             with pytest.raises(CorruptionError, match="its description is missing"):
                 history.branch()
             assert history.branch("64").run == 100
+
+    def test_objects_that_belong_to_two_vms(self, world: World) -> None:
+        world.path(f"vms/{VM}/vm.json").write_bytes(seal({"uuid": "00000000-0000-0000-0000-000000000001", "name": VM}))
+        findings = damage_of(world.verify(data=False))
+        assert len(findings) == 7, "four runs and three bases"
+        assert all("belongs to the VM with uuid" in finding.message for finding in findings)
+
+
+def test_a_drills_moment_is_chosen_by_its_seed_and_can_be_restored(world: World) -> None:
+    with History.open(VM, None, Repository.open(world.url).vm(VM)) as history:
+        chosen = [random_moment(history, ["vda", "vdb"], seed) for seed in range(40)]
+        assert chosen == [random_moment(history, ["vda", "vdb"], seed) for seed in range(40)]
+    assert len(set(chosen)) > 8
+    assert len({position.run for position in chosen}) > 2
+    assert set(world.restored((p.run, p.seq, disk) for p in chosen for disk in ("vda", "vdb")).values()) == {""}
