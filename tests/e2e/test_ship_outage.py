@@ -146,6 +146,7 @@ class Outage:
         in_journal = records_of(vm.journal)
         assert records_in(url, "outage") == in_journal
         assert len(in_journal) > 100
+        vmrewind("verify", f"{url}/outage", "--data")
 
         # From the repository alone: another state directory, which has never seen the VM.
         monkeypatch.setenv("VMREWIND_STATE_DIR", str(tmp_path / "elsewhere"))
