@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,9 @@ def test_a_repository_that_hangs_is_given_up_in_time(tmp_path: Path, monkeypatch
         odd.oddities.append(hangs)
         for name, value in {"ENDPOINT_URL": odd.endpoint, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "r"}.items():
             monkeypatch.setenv(f"AWS_{name}", value)
+        began = time.monotonic()
         answer = ask("s3://bucket/kvm", "web01", tmp_path)
+        assert time.monotonic() - began < 8
     assert answer.repository is None and isinstance(answer.problem, RepositoryError) and "did not answer" in str(answer.problem)
     said: list[str] = []
     log = tmp_path / "log"
