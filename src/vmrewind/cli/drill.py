@@ -49,7 +49,7 @@ def run_drill(history: History, options: DrillOptions, *, json: bool) -> int:
             flush=True,
         )
     wanted = Wanted(options.until, options.seconds or 300, options.scratch or Path(tempfile.gettempdir()))
-    with _ending_by_signals(), byte_progress(json=json) as update:
+    with ending_by_signals(), byte_progress(json=json) as update:
         result = drill(history, branch.targets, position, wanted, update)
     if json:
         print(
@@ -82,7 +82,7 @@ def run_drill(history: History, options: DrillOptions, *, json: bool) -> int:
 
 
 @contextmanager
-def _ending_by_signals() -> Iterator[None]:
+def ending_by_signals() -> Iterator[None]:
     """Have SIGTERM and SIGHUP end us as Ctrl-C does: with everything cleared up."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 from cyclopts import Parameter
 
@@ -17,13 +16,10 @@ from vmrewind.cli.restore import chosen_disks
 from vmrewind.errors import UsageError
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.history.resolve import resolve
-from vmrewind.history.view import View
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import private_directory
 from vmrewind.paths import VmPaths
-from vmrewind.recover.export_server import ExportServer
-from vmrewind.recover.scratch import Scratch
-from vmrewind.start.children import listen
+from vmrewind.recover.exporting import exported
 from vmrewind.start.resolve import open_any
 
 
@@ -58,22 +54,19 @@ def export(
         chosen = history.branch(branch)
         targets = chosen_disks(found.name, disk, chosen.targets)
         position = resolve(history, chosen, at, targets)
-        directory = scratch or Path(tempfile.gettempdir())
-        disks: dict[str, View | Scratch] = {}
-        for target in targets:
-            view = View.open(history, target, position)
-            disks[target] = Scratch(view, directory) if writable else view
+        directory = (scratch or Path(tempfile.gettempdir())) if writable else None
         signals = {signal.SIGINT, signal.SIGTERM}
         # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         private_directory(path.parent)
-        listener = listen(path, None)
-        server = ExportServer(disks, listener, lambda what: print(f"export: {what}", file=sys.stderr, flush=True))
-        server.start()
-        try:
-            uris = {target: f"nbd+unix:///{quote(target, safe='')}?socket={quote(str(path))}" for target in targets}
+
+        def complain(what: str) -> None:
+            print(f"export: {what}", file=sys.stderr, flush=True)
+
+        with exported(history, targets, position, path, scratch=directory, complain=complain) as serving:
+            uris = serving.uris
             if json:
-                served = {target: {"uri": uris[target], "size": disks[target].size} for target in targets}
+                served = {target: {"uri": uris[target], "size": serving.disks[target].size} for target in targets}
                 where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
                 print(
                     json_module.dumps({"event": "ready", "vm": found.name, **where, "writable": writable, "disks": served}),
@@ -85,7 +78,3 @@ def export(
                     print(f"  {uri}")
                 print("served until this command is interrupted", flush=True)
             signal.sigwait(signals)
-        finally:
-            server.stop()
-            listener.close()
-            path.unlink(missing_ok=True)

@@ -55,6 +55,10 @@ class ExportServer:
     def stop(self) -> None:
         """Hang up on everybody and wait for what is being done."""
         self._stopping.set()
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as waking:
+            # Whoever waits for clients would look for the event only when one comes, or half a second has passed.
+            waking.setblocking(False)
+            waking.connect(self._listener.getsockname())
         self._acceptor.join()
         with self._lock:
             clients = dict(self._clients)
