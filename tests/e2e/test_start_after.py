@@ -137,6 +137,23 @@ def test_history_that_was_recycled_here_and_shipped_is_gone_on_from(tmp_path: Pa
     assert alone.restored("latest") == alone.image.read_bytes()
 
 
+def test_what_another_repository_has_does_not_count_as_shipped_to_this_one(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, journal_size="8MiB")
+    with alone.serving() as ready:
+        first_run = json.loads(vmrewind("status", alone.config, "--json").stdout)["run"]
+        for number in range(3):
+            alone.write(ready, number + 1, number * MIB)
+    assert json.loads((alone.journal / "shipped.json").read_bytes())["runs"][first_run]
+    vmrewind("init", tmp_path / "other")
+    alone.configure(repository=str(tmp_path / "other"), journal_size="8MiB", ship="on-demand")
+    with alone.serving() as ready:
+        assert not (alone.journal / "shipped.json").exists()
+        for number in range(24):
+            alone.write(ready, number + 1, number * MIB)
+        log = [json.loads(line) for line in vmrewind("events", alone.config, "--json").stdout.splitlines()]
+    assert first_run in {event["run"] for event in log if event["event"] == "history.dropped"}
+
+
 def test_half_restored_images_are_never_started(tmp_path: Path) -> None:
     alone = Alone(tmp_path, on_failure="start-unprotected")
     with alone.serving() as ready:

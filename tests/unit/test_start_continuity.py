@@ -10,7 +10,7 @@ from tests.history_tools import MadeHistory
 from vmrewind.journal import format as fmt
 from vmrewind.journal.closed_gaps import note_gap_closed
 from vmrewind.journal.runs import Discontinuity, Position
-from vmrewind.start.continuity import goes_on
+from vmrewind.start.continuity import forget_shipped_elsewhere, goes_on
 
 
 def history(tmp_path: Path) -> tuple[MadeHistory, Position]:
@@ -76,3 +76,15 @@ def test_a_gap_that_was_closed_is_none_though_the_record_that_says_so_is_recycle
     if closed_by.startswith("note"):
         note_gap_closed(made.journal, run, 0, end.seq + (1 if "lost" in closed_by else 0))
     assert goes(made, end) is goes_on_then
+
+
+@pytest.mark.parametrize(
+    ("word", "stays"),
+    [('{"repository": "a", "runs": {}}', True), ('{"repository": "b", "runs": {}}', False), ('{"runs": {}}', False), ("", False)],
+)
+def test_what_was_shipped_to_another_repository_is_not_shipped(tmp_path: Path, word: str, stays: bool) -> None:
+    forget_shipped_elsewhere(tmp_path, "a")
+    path = tmp_path / "shipped.json"
+    path.write_text(word)
+    forget_shipped_elsewhere(tmp_path, "a")
+    assert path.exists() is stays

@@ -147,8 +147,9 @@ class Shipper:
         self._noted = carried, runs
         path = self._journal / "shipped.json"
         temporary = path.with_name(".shipped.json.tmp")
-        word = {"runs": runs, "carried": carried}
-        content = json.dumps({key: {run_name(run): seq for run, seq in seqs.items()} for key, seqs in word.items()}).encode()
+        word = {key: {run_name(run): seq for run, seq in seqs.items()} for key, seqs in (("runs", runs), ("carried", carried))}
+        repository = self._vm.repository.id if self._vm is not None else None
+        content = json.dumps({"repository": repository, **word}).encode()
         # Without a sync: an old word, or none, makes capture keep more than it must, never less.
         with contextlib.suppress(OSError):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

@@ -38,7 +38,7 @@ from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
-from vmrewind.start.continuity import goes_on, newest_run
+from vmrewind.start.continuity import forget_shipped_elsewhere, goes_on, newest_run
 from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.supersession import Answer, ask, refuse_superseded
 from vmrewind.vmconfig.model import VmConfig
@@ -112,6 +112,7 @@ class Planner:
         vm_uuid = self.vm_uuid()
         if self.repository is not None:
             self.repository.register(vm_uuid)
+            forget_shipped_elsewhere(self.journal, self.repository.repository.id)
         past = self._past()
         refuse_superseded(self.config.name, self.answer, self.journal, self.paths, past.position, self.say, self.events)
         # The host's clock may have been set back since: runs are ordered by their ids, so a later one must have a greater one.
