@@ -104,6 +104,13 @@ class SupersededError(VmrewindError):
     kind = "superseded"
 
 
+class FileError(VmrewindError):
+    """A file, directory or file system inside a disk is not there, cannot be read, or would overwrite something here."""
+
+    exit_code = 13
+    kind = "file"
+
+
 def by_kind(kind: str, message: str, hint: str = "") -> VmrewindError:
     """The error of class ``kind``, rebuilt in another process from its JSON form."""
     for cls in VmrewindError.__subclasses__():

@@ -1,0 +1,115 @@
+"""From disks at a position to what the reader is to look at, and from a user's words to one file system in it."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vmrewind.errors import FileError, ImageError, UsageError
+from vmrewind.history.history import History
+from vmrewind.history.view import View
+from vmrewind.journal.runs import Position
+from vmrewind.recover.files.client import Bytes, Disks, ImageOf, Reader
+from vmrewind.recover.files.names import shown
+from vmrewind.recover.files.wire import Entry, Volume
+from vmrewind.vmconfig.chain import backing_chain
+
+_BACKING_FORMAT: Final = 0xE2792ACA
+
+
+class ImageFile:
+    """A backing file of this host. It is only read, and its history is nobody's: it must not have changed since."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self._file = Path(path).open("rb", buffering=0)
+            self.size = self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise ImageError(
+                f"{path}: a disk stands on this backing file, and it cannot be read: {error.strerror}",
+                "put it there, or restore the moment where it is",
+            ) from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes."""
+        return os.pread(self._file.fileno(), length, offset)
+
+
+def disks_at(history: History, targets: Sequence[str], position: Position) -> Disks:
+    """The disks as they were."""
+    return {target: chain_of(View.open(history, target, position)) for target in targets}
+
+
+def chain_of(view: View, top: Bytes | None = None) -> list[ImageOf]:
+    """A disk's chain of images: the view (or ``top``, which stands for it), and the backing files of this host that it stands on.
+
+    Only what the VM's configuration calls qcow2 is taken for it: a guest with a raw disk could write a header that names any file.
+    """
+    disk = view.disk
+    chain = [ImageOf(top or view, disk.format)]
+    if disk.format == "qcow2" and disk.backing is not None:
+        form = _backing_format(view)
+        chain.append(ImageOf(ImageFile(disk.backing), form))
+        if form == "qcow2":
+            chain += [ImageOf(ImageFile(lower.path), lower.format) for lower in backing_chain(disk.backing)]
+    return chain
+
+
+def _backing_format(view: View) -> str:
+    head = view.read(0, min(view.size, 65536))
+    at = struct.unpack_from(">I", head, 100)[0] if head[4:8] == b"\0\0\0\3" else 72
+    while at + 8 <= len(head):
+        kind, length = struct.unpack_from(">II", head, at)
+        if kind == 0:
+            break
+        if kind == _BACKING_FORMAT:
+            return head[at + 8 : at + 8 + length].decode(errors="replace")
+        at += 8 + -(-length // 8) * 8
+    raise FileError(f"disk {view.disk.target}: its qcow2 image does not say which format its backing file has")
+
+
+def choose(reader: Reader, volumes: Sequence[Volume], wanted: str | None, path: bytes) -> tuple[Volume, Entry]:
+    """The file system that ``wanted`` names, or the only one that has the path, and what is at the path.
+
+    Raises FileError, UsageError if several have it.
+    """
+    readable = [volume for volume in volumes if volume.readable]
+    if wanted is not None:
+        readable = _named(volumes, wanted)
+    if not readable:
+        raise FileError("there is no file system that can be read", "ls without a path shows what there is")
+    found: list[tuple[Volume, Entry]] = []
+    error: FileError | None = None
+    for volume in readable:
+        try:
+            found.append((volume, reader.lookup(volume.name, path)))
+        except FileError as failed:
+            error = error or failed
+    if not found:
+        assert error is not None, "each was looked at"
+        raise error
+    if len(found) > 1:
+        raise UsageError(
+            f"{shown(path)} is in several file systems: {', '.join(volume.name for volume, _ in found)}",
+            "say which with --partition (ls without a path shows them)",
+        )
+    return found[0]
+
+
+def _named(volumes: Sequence[Volume], wanted: str) -> list[Volume]:
+    found = [volume for volume in volumes if volume.name == wanted]
+    if not found and wanted.isdecimal():
+        found = [
+            volume for volume in volumes if "/" not in volume.name and volume.name.rstrip("0123456789") + wanted == volume.name
+        ]
+    names = ", ".join(volume.name for volume in volumes)
+    if not found:
+        raise UsageError(f"there is no partition {wanted!r}", f"there are: {names}")
+    if len(found) > 1:
+        raise UsageError(f"there are several partitions {wanted}", f"name one in full: {', '.join(v.name for v in found)}")
+    if not found[0].readable:
+        raise FileError(f"{found[0].name}: there is no file system that can be read", "; ".join(found[0].notes))
+    return found

@@ -1,0 +1,164 @@
+"""Files inside disks as they were: from every file system, through partitions and qcow2, and from a repository alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guests.protected import vmrewind
+from tests import file_systems as fs
+from tests.e2e.test_start_after import SIZE, Alone
+
+MIB = 1 << 20
+LARGE = random.Random(1).randbytes(300_000)
+EARLIER, LATER = b"as it was\n", b"as it is now\n"
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    """What a command says with --json."""
+    data: dict[str, Any] = json.loads(vmrewind(*map(str, arguments), "--json").stdout)
+    return data
+
+
+def names(*arguments: object) -> list[str]:
+    return [entry["name"] for entry in told("ls", *arguments)["entries"]]
+
+
+def make_source(directory: Path, content: bytes) -> Path:
+    """Files that every file system can hold."""
+    (directory / "etc").mkdir(parents=True)
+    (directory / "etc" / "passwd").write_bytes(content)
+    (directory / "large.bin").write_bytes(LARGE)
+    return directory
+
+
+def all_kinds(directory: Path, content: bytes) -> Path:
+    """A disk with ext4, XFS, NTFS and FAT, in this order."""
+    source = make_source(directory / "source", content)
+    prototype = f"/dummy\n0 0\nd--755 0 0\netc d--750 7 8\npasswd ---640 5 6 {source}/etc/passwd\n$\n"
+    prototype += f"large.bin ---644 0 0 {source}/large.bin\nlink l--777 0 0 etc/passwd\nnull c--666 0 0 1 3\n$\n"
+    parts = [
+        fs.ext(directory / "ext4", 12 * MIB, source),
+        fs.xfs(directory / "xfs", 20 * MIB, prototype),
+        fs.ntfs(directory / "ntfs", 8 * MIB, {"passwd": source / "etc" / "passwd", "large.bin": source / "large.bin"}),
+        fs.fat(directory / "fat", 8 * MIB, source),
+    ]
+    return fs.disk(directory / "disk", SIZE, parts)
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The disk with every file system, before and after."""
+    directory = tmp_path_factory.mktemp("disks")
+    return all_kinds(directory / "one", EARLIER).read_bytes(), all_kinds(directory / "other", LATER).read_bytes()
+
+
+@pytest.fixture
+def past(tmp_path: Path, disks: tuple[bytes, bytes]) -> Iterator[Alone]:
+    """A served disk that held one state at @one, and another at @other."""
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        fs.write_changes(ready, bytes(SIZE), disks[0])
+        vmrewind("mark", alone.config, "one")
+        fs.write_changes(ready, disks[0], disks[1])
+        vmrewind("mark", alone.config, "other")
+        yield alone
+
+
+def test_every_file_system_at_every_moment(past: Alone, tmp_path: Path) -> None:
+    volumes = {volume["name"]: volume for volume in told("ls", past.config, "--at", "@one")["volumes"]}
+    assert {name: volume["filesystem"] for name, volume in volumes.items()} == {
+        "vda1": "ext4",
+        "vda2": "xfs",
+        "vda3": "ntfs",
+        "vda4": "fat16",
+    }
+    assert volumes["vda3"]["label"] == "Windows" and all(volume["notes"] == [] for volume in volumes.values())
+    for moment, content in (("@one", EARLIER), ("@other", LATER)):
+        for number, passwd in ((1, "etc/passwd"), (2, "etc/passwd"), (3, "passwd"), (4, "etc/passwd")):
+            place = tmp_path / f"{moment}-{number}"
+            done = told("get", past.config, "--at", moment, "--partition", number, "/", place, "-r")
+            assert done["problems"] == [] and done["volume"]["notes"] == []
+            assert (place / passwd).read_bytes() == content
+            assert (place / "large.bin").read_bytes() == LARGE
+    assert told("ls", past.config, "--at", "latest", "--partition", 4, "/ETC/Passwd")["entries"][0]["size"] == len(LATER)
+    assert names(past.config, "--at", "@one", "--partition", "vda2", "/") == ["etc", "large.bin", "link", "null"]
+    assert vmrewind("ls", past.config, "--at", "@one", "-h", check=False).returncode == 0
+
+
+def test_a_path_that_is_ambiguous_or_not_there_is_refused(past: Alone) -> None:
+    both = vmrewind("ls", past.config, "--at", "@one", "/etc/passwd", check=False)
+    assert both.returncode == 2 and "vda1, vda2, vda4" in both.stderr and "--partition" in both.stderr
+    # Only NTFS has it there.
+    assert told("ls", f"{past.config}:vda", "--at", "@one", "/passwd")["volume"]["name"] == "vda3"
+    missing = vmrewind("get", past.config, "--at", "@one", "--partition", "1", "/etc/nothing", check=False)
+    assert missing.returncode == 13 and "/etc/nothing" in missing.stderr
+    unknown = vmrewind("ls", past.config, "--at", "@one", "--partition", "7", "/", check=False)
+    assert unknown.returncode == 2 and "vda1, vda2, vda3, vda4" in unknown.stderr
+    disk = vmrewind("ls", f"{past.config}:vdb", "--at", "@one", check=False)
+    assert disk.returncode == 2 and "vdb" in disk.stderr
+
+
+def test_the_repository_alone_is_enough(past: Alone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = f"{past.repository}/alone"
+    while vmrewind("ls", stored, "--at", "@other", check=False).returncode:
+        pass
+    monkeypatch.setenv("VMREWIND_STATE_DIR", str(tmp_path / "elsewhere"))
+    told("get", f"{stored}:vda", "--at", "@one", "--partition", "2", "/etc", tmp_path / "etc", "-r")
+    assert (tmp_path / "etc" / "passwd").read_bytes() == EARLIER
+
+
+def test_metadata_is_kept_and_what_exists_is_not_overwritten(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "source", EARLIER)
+    tree = source / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "file").write_bytes(b"content")
+    (tree / "hard").hardlink_to(tree / "file")
+    (tree / "absolute").symlink_to("/etc/passwd")
+    (tree / "relative").symlink_to("../../../../file")
+    (tree / "sparse").write_bytes(b"begin")
+    with (tree / "sparse").open("r+b") as file:
+        file.seek(3 * MIB)
+        file.write(b"end")
+    (tree / "below" / "inline").write_bytes(b"short")
+    (tree / "file").chmod(0o640)
+    (tree / "below").chmod(0o510)
+    for path in (tree / "file", tree / "below"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    image = fs.ext(tmp_path / "image", 24 * MIB, source, "-O", "inline_data")
+    fs.debugfs(
+        image, "ea_set /tree/file user.note kept", "set_inode_field /tree/file uid 1234", "set_inode_field /tree/file gid 99"
+    )
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        fs.write_changes(ready, bytes(24 * MIB), image.read_bytes())
+        arguments = ("get", alone.config, "--at", "latest", "/tree", tmp_path / "out", "-r")
+        done = told(*arguments)
+        assert (done["files"], done["directories"], done["links"], done["problems"]) == (4, 2, 2, [])
+        out = tmp_path / "out"
+        listed = subprocess.run(["diff", "-r", "--no-dereference", tree, out], capture_output=True, text=True, check=False)
+        assert listed.returncode == 0, listed.stdout
+        assert (out / "file").stat().st_ino == (out / "hard").stat().st_ino
+        found = (out / "file").stat()
+        assert (found.st_mode & 0o7777, found.st_mtime) == (0o640, 1_600_000_000)
+        assert ((out / "below").stat().st_mode & 0o7777, (out / "below").stat().st_mtime) == (0o510, 1_600_000_000)
+        assert (out / "absolute").readlink() == Path("/etc/passwd")
+        assert (out / "sparse").stat().st_blocks * 512 < MIB
+        if os.geteuid() == 0:
+            assert (found.st_uid, found.st_gid) == (1234, 99)
+        try:
+            assert os.getxattr(out / "file", "user.note") == b"kept"
+        except OSError:
+            assert any("user.note" in left["why"] for left in done["left_out"]), "what could not be kept is told"
+        (out / "file").write_bytes(b"mine")
+        refused = vmrewind(*map(str, arguments[:-2]), out / "file", "-r", check=False)
+        assert refused.returncode == 13 and "--overwrite" in refused.stderr and (out / "file").read_bytes() == b"mine"
+        told(*arguments[:-3], "/tree/file", out, "--overwrite")
+        assert (out / "file").read_bytes() == b"content"
