@@ -10,8 +10,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,8 +59,10 @@ poweroff -f
 """
 
 
-def initramfs(script: str, extra_modules: Iterable[str] = (), cache: Path | None = None) -> Path:
+def initramfs(script: str, extra_modules: Iterable[str] = (), cache: Path | None = None, programs: Iterable[str] = ()) -> Path:
     """An initramfs (gzipped cpio) that runs ``script`` with busybox's sh; kept in the cache under its content's hash.
+
+    ``programs`` of this machine go along in ``/bin``, with the libraries that they need.
 
     File systems that the script mounts belong under ``/mnt``, which the end unmounts. Raises GuestError.
     """
@@ -67,11 +71,22 @@ def initramfs(script: str, extra_modules: Iterable[str] = (), cache: Path | None
     if busybox is None:
         raise GuestError("busybox is missing: install busybox-static")
     archive = _Cpio()
+    found = [shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin") for name in programs]
+    if None in found:
+        raise GuestError(f"one of {', '.join(programs)} is missing: run script/bootstrap")
+    paths = [Path(path) for path in found if path is not None]
+    libraries = shared_libraries(paths)
+    for place in sorted({parent for library in libraries for parent in library.parents} - {Path("/")}):
+        archive.directory(str(place.relative_to("/")))
     for directory in ("bin", "dev", "mnt", "modules", "proc", "sys", "tmp"):
         archive.directory(directory)
     # The kernel opens it for /init before anything is mounted.
     archive.device("dev/console", 5, 1)
     archive.file("bin/busybox", Path(busybox).read_bytes(), 0o755)
+    for path in paths:
+        archive.file(f"bin/{path.name}", path.read_bytes(), 0o755)
+    for library in libraries:
+        archive.file(str(library.relative_to("/")), library.read_bytes(), 0o755)
     for i, module in enumerate(linux(cache).module_files((*MODULES, *extra_modules))):
         archive.file(f"modules/{i:02}-{module.name}", module.read_bytes(), 0o644)
     archive.file("init", _INIT.encode(), 0o755)
@@ -84,6 +99,14 @@ def initramfs(script: str, extra_modules: Iterable[str] = (), cache: Path | None
         Path(new.name).chmod(0o644)
         Path(new.name).rename(path)
     return path
+
+
+def shared_libraries(programs: Iterable[Path]) -> list[Path]:
+    """The libraries that programs need, the loader among them, where the programs look for them."""
+    if not (names := list(programs)):
+        return []
+    needed = subprocess.run(["ldd", *names], capture_output=True, text=True, check=True).stdout
+    return sorted({Path(path) for path in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", needed, re.MULTILINE)})
 
 
 class _Cpio:

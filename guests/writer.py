@@ -51,9 +51,25 @@ echo "DONE $n"
 """
 
 
-def writer_initramfs(cache: Path | None = None) -> Path:
-    """The writer's initramfs."""
+AGENT = """\
+for port in /sys/class/virtio-ports/*; do
+    [ "$(cat $port/name)" = org.qemu.guest_agent.0 ] || continue
+    qemu-ga -m virtio-serial -p /dev/${port##*/} -t /tmp -f /tmp/qemu-ga.pid &
+done
+"""
+
+
+def writer_initramfs(cache: Path | None = None, *, agent: bool = False) -> Path:
+    """The writer's initramfs; with ``agent`` the guest agent runs beside the writer, on its channel."""
+    if agent:
+        return initramfs(AGENT + SCRIPT, ("virtio_console",), cache, ("qemu-ga",))
     return initramfs(SCRIPT, cache=cache)
+
+
+def agent_arguments(socket: Path) -> list[str]:
+    """QEMU's words for the agent's channel."""
+    device = "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"
+    return ["-device", "virtio-serial", "-chardev", f"socket,id=agent,path={socket},server=on,wait=off", "-device", device]
 
 
 def append(count: int = 100, kib: int = 16, pause_ms: int = 0, disks: tuple[str, ...] = ("vda",)) -> str:

@@ -111,6 +111,13 @@ class FileError(VmrewindError):
     kind = "file"
 
 
+class GuestAgentError(VmrewindError):
+    """The guest agent is missing, does not answer, or did not freeze the guest's file systems as asked; nothing was marked."""
+
+    exit_code = 14
+    kind = "guest-agent"
+
+
 def by_kind(kind: str, message: str, hint: str = "") -> VmrewindError:
     """The error of class ``kind``, rebuilt in another process from its JSON form."""
     for cls in VmrewindError.__subclasses__():

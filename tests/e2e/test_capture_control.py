@@ -54,7 +54,7 @@ def test_a_mark_is_a_record_between_the_writes_around_it(capture: Capture) -> No
     entries = {entry.record.seq: entry for entry in journal_entries(capture.journal)}
     mark = entries[answer["seq"]]
     assert (mark.record.op, mark.record.flags, mark.record.disk) == (fmt.Op.EVENT, fmt.Event.BOOKMARK, fmt.ALL_DISKS)
-    assert json.loads(mark.payload) == {"name": "before the upgrade – ☂"}
+    assert json.loads(mark.payload) == {"name": "before the upgrade – ☂", "kind": "crash-consistent"}
     assert mark.record.time_ns == answer["time_ns"]
     assert entries[answer["seq"] - 1].payload == b"before"
     assert entries[answer["seq"] + 1].payload == b"after"
@@ -66,6 +66,35 @@ def test_a_name_that_could_not_be_shown_is_refused(capture: Capture, name: objec
     assert (answer["ok"], answer["kind"]) == (False, "usage")
     assert "200 printable characters" in answer["message"]
     assert not any(entry.record.flags == fmt.Event.BOOKMARK for entry in journal_entries(capture.journal))
+
+
+def test_a_quiesced_mark_names_an_earlier_moment_of_this_run_and_no_other(capture: Capture) -> None:
+    with Client(capture.socket_path) as client:
+        client.write(0, b"frozen after this")
+        state = capture.instruct(command="status")
+        client.write(0, b"thawed")
+    moment = {"run": state["run"], "seq": state["seq"], "time_ns": state["time_ns"], "not_frozen": ["/boot/efi"]}
+    wrong: list[object] = [
+        7,
+        {},
+        moment | {"run": fmt.run_name(RUN + 1)},
+        moment | {"seq": state["seq"] + 1000},
+        moment | {"seq": 0},
+        moment | {"seq": True},
+        moment | {"time_ns": -1},
+        moment | {"not_frozen": "/"},
+        moment | {"not_frozen": ["/\x1b[31m"]},
+        moment | {"not_frozen": ["/" + "x" * 5000]},
+        moment | {"more": 1},
+    ]
+    for quiesced in wrong:
+        answer = capture.instruct(command="mark", name="point", quiesced=quiesced)
+        assert (answer["ok"], answer["kind"]) == (False, "usage"), quiesced
+    answer = capture.instruct(command="mark", name="point", quiesced=moment)
+    assert answer["ok"] and answer["seq"] > state["seq"]
+    (mark,) = [entry for entry in journal_entries(capture.journal) if entry.record.flags == fmt.Event.BOOKMARK]
+    named = {key: moment[key] for key in ("seq", "time_ns", "not_frozen")}
+    assert json.loads(mark.payload) == {"name": "point", "kind": "quiesced", **named}
 
 
 def test_status_tells_disks_clients_and_position(capture: Capture) -> None:

@@ -10,7 +10,6 @@ import compileall
 import os
 import py_compile
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import xxhash
 
 import vmrewind
 from guests.images import ext4_files, tool
-from guests.initramfs import initramfs
+from guests.initramfs import initramfs, shared_libraries
 from guests.kernel import linux
 from guests.machine import Machine, qemu_command
 from tests.capture_tools import RUN, compose, journal_entries
@@ -92,9 +91,7 @@ def _tree(tree: Path) -> Path:
         _python().parent, tree / _python().parent.relative_to("/"), ignore=lambda _, names: set(names) - {_python().name}
     )
     binaries = [_python(), *standard.glob("lib-dynload/*.so"), *(code / "xxhash").glob("*.so")]
-    needed = subprocess.run(["ldd", *binaries], capture_output=True, text=True, check=True).stdout
-    libraries = {Path(found) for found in re.findall(r"(?:=> |^\s+)(/\S+) \(0x", needed, re.MULTILINE)}
-    for file in (_python(), *libraries):
+    for file in (_python(), *shared_libraries(binaries)):
         (tree / file.parent.relative_to("/")).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, tree / file.relative_to("/"))
     return tree

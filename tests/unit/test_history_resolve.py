@@ -8,7 +8,8 @@ import pytest
 
 from tests.history_tools import NS, T0, MadeHistory
 from vmrewind.errors import MomentError, RepositoryError, VmStateError
-from vmrewind.history.activity import bookmarks, events, writes
+from vmrewind.history.activity import events, writes
+from vmrewind.history.bookmarks import bookmarks
 from vmrewind.history.history import History
 from vmrewind.history.moments import format_time
 from vmrewind.history.resolve import resolve
@@ -82,7 +83,7 @@ def test_bookmarks_that_are_unknown_or_ambiguous(made: MadeHistory) -> None:
         assert "seq:6" in str(error)
         assert format_time(made.times[4]) in str(error)
         assert format_time(made.times[6]) in str(error)
-        assert [name for _, name in bookmarks(history, history.branch())] == ["before upgrade"] * 2
+        assert [mark.name for mark in bookmarks(history, history.branch())] == ["before upgrade"] * 2
 
 
 def test_after_a_clean_stop_time_goes_on_and_the_next_run_continues(made: MadeHistory) -> None:

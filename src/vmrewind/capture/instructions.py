@@ -18,7 +18,7 @@ RESYNC_BYTES_MAX: Final = 4 << 20
 """Most that one resync instruction may ask for: the guest's requests wait meanwhile."""
 _KEYS: Final = {
     "status": {"command"},
-    "mark": {"command", "name"},
+    "mark": {"command", "name", "quiesced"},
     "resync": {"command", "run", "disk", "ranges", "close"},
 }
 
@@ -77,11 +77,34 @@ def _mark(server: Server, request: dict[str, Any], answer: Answer) -> None:
     if server.bypass.is_open:
         answer({"ok": False, "kind": "space", "message": "the VM's history has a gap now, which no bookmark can be set in"})
         return
-    seq = server.record_event(fmt.Event.BOOKMARK, {"name": name})
+    content: dict[str, Any] = {"name": name, "kind": "crash-consistent"}
+    if (quiesced := request.get("quiesced")) is not None:
+        if not _is_quiesced(server, quiesced):
+            answer({"ok": False, "kind": "usage", "message": "the moment to be marked as quiesced is none of this run"})
+            return
+        content = {"name": name, "kind": "quiesced", **{key: quiesced[key] for key in ("seq", "time_ns", "not_frozen")}}
+    seq = server.record_event(fmt.Event.BOOKMARK, content)
     if seq is None:
         answer({"ok": False, "kind": "space", "message": "the journal has no room for a bookmark now"})
         return
     server.durability.flush(_Marked(answer, fmt.run_name(server.writer.run), seq, server.writer.last_time_ns), 0)
+
+
+def _is_quiesced(server: Server, value: Any) -> bool:
+    """Whether ``value`` names a record of this run at which a guest was frozen, as ``vmrewind mark --quiesce`` has found it."""
+    if not isinstance(value, dict) or value.keys() != {"run", "seq", "time_ns", "not_frozen"}:
+        return False
+    writer, seq, time_ns = server.writer, value["seq"], value["time_ns"]
+    if value["run"] != fmt.run_name(writer.run) or type(seq) is not int or type(time_ns) is not int:
+        return False
+    left_out = value["not_frozen"]
+    if (
+        not isinstance(left_out, list)
+        or not all(isinstance(path, str) and path.isprintable() for path in left_out)
+        or len(str(left_out)) > 4096
+    ):
+        return False
+    return 0 < seq < writer.next_seq and 0 <= time_ns <= writer.last_time_ns
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from vmrewind.cli.restore import chosen_disks
 from vmrewind.errors import UsageError
+from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
@@ -54,6 +55,7 @@ def export(
         chosen = history.branch(branch)
         targets = chosen_disks(found.name, disk, chosen.targets)
         position = resolve(history, chosen, at, targets)
+        kind = kind_of(history, chosen, at, position)
         directory = (scratch or Path(tempfile.gettempdir())) if writable else None
         signals = {signal.SIGINT, signal.SIGTERM}
         # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
@@ -67,13 +69,15 @@ def export(
             uris = serving.uris
             if json:
                 served = {target: {"uri": uris[target], "size": serving.disks[target].size} for target in targets}
-                where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
+                where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns, "kind": kind}
                 print(
                     json_module.dumps({"event": "ready", "vm": found.name, **where, "writable": writable, "disks": served}),
                     flush=True,
                 )
             else:
-                print(f"{found.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}):")
+                print(
+                    f"{found.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}, {kind}):"
+                )
                 for uri in uris.values():
                     print(f"  {uri}")
                 print("served until this command is interrupted", flush=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json as json_module
-from datetime import datetime
-from typing import Annotated
+from dataclasses import asdict
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from vmrewind.errors import UsageError
+from vmrewind.history.bookmarks import CRASH_CONSISTENT, QUIESCED, kind_in_words
+from vmrewind.history.moments import format_time
 from vmrewind.start.control import instruct
+from vmrewind.start.quiesce import freeze
 from vmrewind.start.resolve import open_vm
 
 
@@ -18,6 +21,13 @@ def mark(
     name: Annotated[str, Parameter(help="The bookmark's name; restore it with --at @NAME.")],
     /,
     *,
+    quiesce: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            help="Freeze the guest's file systems for this moment, through its guest agent; if it cannot, mark nothing.",
+        ),
+    ] = False,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
 ) -> None:
     """Bookmark this moment of a running VM. The bookmark is on stable storage when the command ends."""
@@ -25,9 +35,17 @@ def mark(
         # Where a moment is written it could not be told from what stands around it.
         raise UsageError(f"a bookmark's name has no white space at its ends: {name!r}", f"call it {name.strip()!r}")
     handle = open_vm(vm)
-    answer = instruct(handle.paths, command="mark", name=name)
-    if json:
-        print(json_module.dumps({"vm": handle.name, "name": name} | {k: answer[k] for k in ("run", "seq", "time_ns")}))
+    marked: dict[str, Any]
+    if quiesce:
+        frozen = freeze(handle.name)
+        # Set when the guest writes again: only then is it known that it was frozen at the moment that the bookmark names.
+        instruct(handle.paths, command="mark", name=name, quiesced=asdict(frozen))
+        marked = asdict(frozen) | {"kind": QUIESCED}
     else:
-        moment = datetime.fromtimestamp(answer["time_ns"] / 1e9).astimezone().isoformat(timespec="milliseconds")
-        print(f"@{name} is {moment}, record {answer['seq']} of run {answer['run']}")
+        answer = instruct(handle.paths, command="mark", name=name)
+        marked = {k: answer[k] for k in ("run", "seq", "time_ns")} | {"kind": CRASH_CONSISTENT, "not_frozen": []}
+    if json:
+        print(json_module.dumps({"vm": handle.name, "name": name} | marked))
+    else:
+        words = kind_in_words(marked["kind"], marked["not_frozen"])
+        print(f"@{name} is {format_time(marked['time_ns'])}, record {marked['seq']} of run {marked['run']}: {words}")

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError, VmStateError
+from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.history import History
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.history.resolve import resolve
@@ -55,14 +56,16 @@ def restore(
         begun = pending(own.journal) if own is not None else None
         if at is not None:
             position = resolve(history, chosen, at, targets)
+            kind: str | None = kind_of(history, chosen, at, position)
         elif begun is not None:
             position = begun[0]
+            kind = None  # which was said when it began
         else:
             raise UsageError("--at is missing", f"give the moment to restore to: {FORMS}")
         if not json:
             print(
-                f"{found.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}): "
-                f"restoring {', '.join(targets)}",
+                f"{found.name} at {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}"
+                f"{f', {kind}' if kind else ''}): restoring {', '.join(targets)}",
                 flush=True,
             )
         with byte_progress(json=json) as update:
@@ -72,7 +75,7 @@ def restore(
             else:
                 assert output is not None, "one of the two is given"
                 restored = restore_to_files(history, targets, position, output, update)
-    report(restored, json=json)
+    report(restored, kind, json=json)
 
 
 def on_this_host(found: VmHandle | StoredVm, done: str) -> VmHandle:
@@ -102,8 +105,8 @@ def images_of(handle: VmHandle, history: History, position: Position, targets: l
     return {target: Path(configured.get(target) or recorded[target]) for target in targets}
 
 
-def report(restored: Restored, *, json: bool) -> None:
-    """Print what was restored."""
+def report(restored: Restored, kind: str | None, *, json: bool) -> None:
+    """Print what was restored. ``kind``: what kind of point it is, where that is known."""
     position = restored.position
     if json:
         described = {
@@ -112,6 +115,7 @@ def report(restored: Restored, *, json: bool) -> None:
             "seq": position.seq,
             "time": datetime.fromtimestamp(position.time_ns / 1e9, UTC).isoformat(timespec="microseconds"),
             "time_ns": position.time_ns,
+            "kind": kind,
             "disks": {
                 disk.target: {
                     "path": str(disk.path),

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from vmrewind.cli.progress import byte_progress
 from vmrewind.cli.restore import chosen_disks, images_of, on_this_host, report
+from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
@@ -45,10 +46,11 @@ def rewind(
         chosen = history.branch(branch)
         targets = chosen_disks(own.name, disk, chosen.targets)
         position = resolve(history, chosen, to, targets)
+        kind = kind_of(history, chosen, to, position)
         images = images_of(own, history, position, targets)
         plans = [planned(history, target, image, position, own.journal) for target, image in images.items()]
         if not json:
-            _tell(own.name, position, plans)
+            _tell(own.name, position, kind, plans)
         elif dry_run:
             print(json_module.dumps(_as_data(own.name, position, plans)))
         if dry_run:
@@ -57,11 +59,11 @@ def rewind(
             restored = restore_in_place(
                 history, images, position, own.journal, update, discard_unprotected=discard_unprotected, only_changed=True
             )
-    report(restored, json=json)
+    report(restored, kind, json=json)
 
 
-def _tell(name: str, position: Position, plans: list[RewindPlan]) -> None:
-    print(f"{name} goes to {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)})")
+def _tell(name: str, position: Position, kind: str, plans: list[RewindPlan]) -> None:
+    print(f"{name} goes to {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}, {kind})")
     since = next((plan.since for plan in plans if plan.since is not None), None)
     if since is not None:
         seconds = (since.time_ns - position.time_ns) / 1e9

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vmrewind.history.activity import JournalEvent, Writes, events, writes
+from vmrewind.history.bookmarks import as_bookmark
 from vmrewind.history.branch import Branch
 from vmrewind.history.coverage import Coverage
 from vmrewind.history.history import History
@@ -155,10 +156,11 @@ def chart(values: Sequence[int]) -> str:
 def _detail(event: JournalEvent) -> str:
     match event.kind:
         case Event.BOOKMARK:
-            return f"@{event.content.get('name', '')}"
+            if "name" in event.content:
+                mark = as_bookmark(event)
+                return f"@{mark.name}: {mark.in_words}"
         case Event.CLOCK:
             return f"{event.content.get('step_ns', 0) / 1e9:+.3f} s"
         case Event.GAP_BEGIN:
             return str(event.content.get("cause", ""))
-        case _:
-            return str(event.content.get("unreadable", ""))
+    return str(event.content.get("unreadable", ""))

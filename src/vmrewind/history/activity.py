@@ -26,7 +26,10 @@ _KINDS: Final = frozenset(int(kind) for kind in fmt.Event)
 
 @dataclass(frozen=True, slots=True)
 class JournalEvent:
-    """An event record. ``content`` is its payload; ``{"unreadable": why}`` where that is damaged."""
+    """An event. ``content`` is its record's payload; ``{"unreadable": why}`` where that is damaged.
+
+    ``position`` is the record's, but of a bookmark the moment that it names.
+    """
 
     position: Position
     kind: fmt.Event
@@ -45,8 +48,7 @@ class Writes:
 def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
     """The events on a branch, in order."""
     for leg in branch.legs:
-        for piece, every in _readable(history.records(leg.info.run), None):
-            rows = _on_branch(every, leg.cut)
+        for piece, rows in _readable(history.records(leg.info.run), None):
             for row in rows[rows["op"] == fmt.Op.EVENT]:
                 seq, kind = int(row["seq"]), int(row["flags"])
                 if kind not in _KINDS:
@@ -56,13 +58,19 @@ def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
                     content = json.loads(payload)
                 except (CorruptionError, ValueError) as error:
                     content = {"unreadable": str(error)}
-                yield JournalEvent(Position(leg.info.run, seq, int(row["time_ns"])), fmt.Event(kind), content)
+                position = Position(leg.info.run, seq, int(row["time_ns"]))
+                if kind == fmt.Event.BOOKMARK:
+                    position = _named(content, position)
+                if leg.cut is None or position.seq <= leg.cut:
+                    yield JournalEvent(position, fmt.Event(kind), content)
 
 
-def bookmarks(history: History, branch: Branch) -> list[tuple[Position, str]]:
-    """(position, name) of every bookmark on a branch, in order."""
-    marks = (event for event in events(history, branch) if event.kind is fmt.Event.BOOKMARK)
-    return [(mark.position, str(mark.content.get("name", ""))) for mark in marks]
+def _named(content: dict[str, Any], own: Position) -> Position:
+    """The moment that a bookmark names. One of a quiesced guest was set later, and is on every branch that has the moment."""
+    seq, time_ns = content.get("seq"), content.get("time_ns")
+    if type(seq) is not int or type(time_ns) is not int or not 0 < seq <= own.seq:
+        return own
+    return Position(own.run, seq, time_ns)
 
 
 def writes(history: History, branch: Branch, since_ns: int, until_ns: int, buckets: int) -> Writes:

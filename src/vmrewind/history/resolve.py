@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from vmrewind.errors import MomentError
-from vmrewind.history.activity import bookmarks
+from vmrewind.history.bookmarks import bookmarks
 from vmrewind.history.branch import Branch
 from vmrewind.history.coverage import Coverage, common
 from vmrewind.history.history import History
@@ -103,10 +103,10 @@ class _Resolver:
 
     def _at_bookmark(self, name: str) -> Position:
         every = bookmarks(self._history, self._branch)
-        found = [position for position, known in every if known == name]
+        found = [mark.position for mark in every if mark.name == name]
         if not found:
-            similar = difflib.get_close_matches(name, [known for _, known in every], n=3, cutoff=0.4)
-            names = ", ".join(f"@{known}" for known in similar or sorted({known for _, known in every})[:10])
+            similar = difflib.get_close_matches(name, [mark.name for mark in every], n=3, cutoff=0.4)
+            names = ", ".join(f"@{known}" for known in similar or sorted({mark.name for mark in every})[:10])
             raise MomentError(f"there is no bookmark {name!r} on this branch", f"there are: {names}" if names else self._branches())
         if len(found) > 1:
             choices = " and ".join(f"{format_time(p.time_ns)} (seq:{p.seq})" for p in found)

@@ -22,6 +22,12 @@ def instruct(paths: VmPaths, **request: Any) -> dict[str, Any]:
     return _ask(paths, "capture", paths.control_socket, _TIMEOUT_SECONDS, request)
 
 
+def status_in_time(paths: VmPaths, timeout_seconds: float) -> dict[str, Any]:
+    """Capture's status, for somebody who cannot wait long."""
+    _refuse_absent(paths)
+    return _ask(paths, "capture", paths.control_socket, timeout_seconds, {"command": "status"})
+
+
 def instruct_keeper(paths: VmPaths, **request: Any) -> dict[str, Any]:
     """The same for the keeper."""
     return _ask(paths, "keeper", paths.keeper_socket, _KEEPER_TIMEOUT_SECONDS, request)
@@ -37,7 +43,7 @@ def _refuse_absent(paths: VmPaths) -> None:
             raise VmStateError(f"the capture of {paths.name} has died", "it is being restarted: try again")
 
 
-def _ask(paths: VmPaths, who: str, path: Path, timeout_seconds: int, request: dict[str, Any]) -> dict[str, Any]:
+def _ask(paths: VmPaths, who: str, path: Path, timeout_seconds: float, request: dict[str, Any]) -> dict[str, Any]:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout_seconds)

@@ -9,6 +9,7 @@ import grp
 import importlib
 import pwd
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -111,6 +112,29 @@ class Domain:
                 f"domain {self.name!r} has a saved state, which would resume with the disks that it was saved with",
                 f"start it and shut it down properly, or give the state up: virsh managedsave-remove {self.name}",
             )
+
+    def fs_info(self) -> list[tuple[str, str, str]]:
+        """(mount point, device, type) of what the guest has mounted, as its agent says. Raises LibvirtError."""
+        return [tuple(entry[:3]) for entry in self._agent(self._handle.fsInfo)]
+
+    def fs_freeze(self) -> int:
+        """Freeze the guest's file systems; how many there were. Raises LibvirtError."""
+        return int(self._agent(self._handle.fsFreeze))
+
+    def fs_thaw(self) -> int:
+        """Thaw them; how many were frozen. Raises LibvirtError."""
+        return int(self._agent(self._handle.fsThaw))
+
+    def _agent(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except self._module.libvirtError as error:
+            if error.get_error_code() == self._module.VIR_ERR_OPERATION_INVALID and not self._handle.isActive():
+                raise VmStateError(f"domain {self.name!r} is not running", "start it first") from None
+            raise LibvirtError(
+                f"domain {self.name!r}: {_message(error)}",
+                "the domain needs a channel org.qemu.guest_agent.0, its guest a running qemu-guest-agent",
+            ) from None
 
     def resume_after_io_error(self) -> bool:
         """Let the CPU of a domain go on that paused on an I/O error; False if it did not. Raises LibvirtError."""
