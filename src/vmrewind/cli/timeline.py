@@ -13,17 +13,20 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from vmrewind.history.activity import JournalEvent, Writes, events, writes
+from vmrewind.history.activity import Flush, JournalEvent, Writes, events, writes
+from vmrewind.history.activity import flushes_before as last_flushes
 from vmrewind.history.bookmarks import as_bookmark
 from vmrewind.history.branch import Branch
 from vmrewind.history.coverage import Coverage
 from vmrewind.history.history import History
-from vmrewind.history.moments import format_time
+from vmrewind.history.moments import FORMS, format_time
+from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import Event, run_name
 from vmrewind.start.resolve import VM_HELP, open_any
 
 _BARS: Final = " ▁▂▃▄▅▆▇█"
 _BUCKETS: Final = 60
+_FLUSHES: Final = 10
 _EVENT_WORDS: Final = {
     Event.START: "start",
     Event.STOP: "stop",
@@ -41,6 +44,9 @@ def timeline(
     branch: Annotated[
         str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
     ] = None,
+    flushes_before: Annotated[
+        str | None, Parameter(allow_leading_hyphen=True, help=f"Also list the last guest flushes up to a moment: {FORMS}.")
+    ] = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what can be restored, when the guest wrote how much, starts, stops, bookmarks, and gaps with their causes."""
@@ -55,10 +61,16 @@ def timeline(
         starts = [c.intervals[0].first.time_ns for c in coverages if c.intervals] + [e.position.time_ns for e in happened[:1]]
         ends = [interval.until_ns or now for c in coverages for interval in c.intervals[-1:]]
         written = writes(history, chosen, min(starts, default=now), max(ends, default=now), _BUCKETS)
+        flushes: list[Flush] = []
+        if flushes_before is not None:
+            flushes = last_flushes(history, chosen, resolve(history, chosen, flushes_before, chosen.targets), _FLUSHES)
         if json:
-            print(json_module.dumps(_as_data(history, chosen, coverages, happened, written)))
+            print(json_module.dumps(_as_data(history, chosen, coverages, happened, written) | _flushes_as_data(flushes)))
         else:
-            _show(Console(highlight=False, soft_wrap=True), history, chosen, coverages, happened, written)
+            console = Console(highlight=False, soft_wrap=True)
+            _show(console, history, chosen, coverages, happened, written)
+            if flushes_before is not None:
+                _show_flushes(console, flushes_before, flushes)
 
 
 def _as_data(
@@ -107,8 +119,14 @@ def _as_data(
             "edges_ns": written.edges_ns.tolist(),
             "bytes": written.bytes.tolist(),
             "operations": written.operations.tolist(),
+            "flushes": written.flushes.tolist(),
         },
     }
+
+
+def _flushes_as_data(flushes: Sequence[Flush]) -> dict[str, Any]:
+    moments = [(flush.position, flush.target) for flush in flushes]
+    return {"flushes": [{"run": run_name(p.run), "seq": p.seq, "time_ns": p.time_ns, "disk": disk} for p, disk in moments]}
 
 
 def _show(
@@ -134,6 +152,8 @@ def _show(
             console.print(f"  [yellow]not[/] from {format_time(gap.since_ns)} to {until}: {escape(gap.cause)}")
     console.print(f"\n[bold]writes[/]: {decimal(int(written.bytes.sum()))} in {int(written.operations.sum())} operations")
     console.print(f"  {chart(written.bytes.tolist())}")
+    console.print(f"[bold]flushes[/]: {int(written.flushes.sum())}")
+    console.print(f"  {chart(written.flushes.tolist())}")
     console.print(f"  {format_time(int(written.edges_ns[0]))} to {format_time(int(written.edges_ns[-1]))}")
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
     for event in happened:
@@ -145,6 +165,15 @@ def _show(
     others = [run_name(run) for run in history.runs if all(leg.info.run != run for leg in branch.legs)]
     if others:
         console.print(f"\nother runs (timeline --branch): {', '.join(others)}")
+
+
+def _show_flushes(console: Console, moment: str, flushes: Sequence[Flush]) -> None:
+    """What was written before such a moment was on the guest's stable storage then: the end of somebody's fsync."""
+    console.print(f"\n[bold]last flushes[/] up to {escape(moment)}")
+    for flush in flushes:
+        console.print(f"  {format_time(flush.position.time_ns)}  seq {flush.position.seq}  {flush.target}")
+    if not flushes:
+        console.print("  none")
 
 
 def chart(values: Sequence[int]) -> str:

@@ -38,11 +38,20 @@ class JournalEvent:
 
 @dataclass(frozen=True, slots=True)
 class Writes:
-    """Bytes and operations that the guest wrote, by bucket of time. ``edges_ns`` has one more element than the buckets."""
+    """Bytes and operations that the guest wrote, and its flushes, by bucket of time. ``edges_ns`` has one element more."""
 
     edges_ns: NDArray[np.int64]
     bytes: NDArray[np.int64]
     operations: NDArray[np.int64]
+    flushes: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """A flush of the guest's: whatever it had been told is written to ``target`` is there at ``position``."""
+
+    position: Position
+    target: str
 
 
 def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
@@ -77,18 +86,41 @@ def writes(history: History, branch: Branch, since_ns: int, until_ns: int, bucke
     """How much the guest wrote between two times (inclusive), in so many equal buckets."""
     span_ns = max(until_ns + 1 - since_ns, buckets)
     edges = np.array([since_ns + span_ns * i // buckets for i in range(buckets + 1)], np.int64)
-    total_bytes, total_operations = np.zeros(buckets, np.int64), np.zeros(buckets, np.int64)
+    total_bytes, total_operations, flushes = (np.zeros(buckets, np.int64) for _ in range(3))
     for leg in branch.legs:
         records = history.records(leg.info.run)
         for disk in leg.info.disks:
             for _, every in _readable(records, disk.index):
                 rows = _on_branch(every, leg.cut)
-                rows = rows[(rows["op"] == fmt.Op.WRITE) & (rows["disk"] == disk.index)]
+                rows = rows[rows["disk"] == disk.index]
                 at = np.searchsorted(edges, rows["time_ns"].astype(np.int64), side="right") - 1
                 inside = (at >= 0) & (at < buckets)
-                total_operations += np.bincount(at[inside], minlength=buckets)
-                total_bytes += np.bincount(at[inside], rows["length"][inside], buckets).astype(np.int64)
-    return Writes(edges, total_bytes, total_operations)
+                written = inside & (rows["op"] == fmt.Op.WRITE)
+                total_operations += np.bincount(at[written], minlength=buckets)
+                total_bytes += np.bincount(at[written], rows["length"][written], buckets).astype(np.int64)
+                flushes += np.bincount(at[inside & (rows["op"] == fmt.Op.FLUSH)], minlength=buckets)
+    return Writes(edges, total_bytes, total_operations, flushes)
+
+
+def flushes_before(history: History, branch: Branch, until: Position, count: int) -> list[Flush]:
+    """The last flushes at or before a position on a branch, at most so many, the newest last."""
+    found: list[Flush] = []
+    last_leg = branch.leg(until.run)
+    for leg in reversed(branch.legs[: last_leg + 1]):
+        in_leg: list[Flush] = []
+        cut = until.seq if leg.info.run == until.run else leg.cut
+        for disk in leg.info.disks:
+            of_disk: deque[Flush] = deque(maxlen=count)
+            for _, every in _readable(history.records(leg.info.run), disk.index):
+                rows = _on_branch(every, cut)
+                rows = rows[(rows["op"] == fmt.Op.FLUSH) & (rows["disk"] == disk.index)][-count:]
+                at = (Position(leg.info.run, int(row["seq"]), int(row["time_ns"])) for row in rows)
+                of_disk.extend(Flush(position, disk.target) for position in at)
+            in_leg += of_disk
+        found = [*sorted(in_leg, key=lambda flush: flush.position.seq), *found][-count:]
+        if len(found) == count:
+            break
+    return found
 
 
 def _readable(records: RunRecords, disk: int | None) -> Iterator[tuple[Piece, Rows]]:
