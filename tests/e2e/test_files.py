@@ -162,3 +162,77 @@ def test_metadata_is_kept_and_what_exists_is_not_overwritten(tmp_path: Path) -> 
         assert refused.returncode == 13 and "--overwrite" in refused.stderr and (out / "file").read_bytes() == b"mine"
         told(*arguments[:-3], "/tree/file", out, "--overwrite")
         assert (out / "file").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_diff_names_what_changed_and_find_when(tmp_path: Path, image_format: str) -> None:
+    source = make_source(tmp_path / "source", EARLIER)
+    (source / "gone").mkdir()
+    (source / "gone" / "file").write_bytes(b"gone")
+    for number in range(20):
+        (source / f"same-{number}").write_bytes(bytes([number]) * 3000)
+    image = fs.ext(tmp_path / "image", 12 * MIB, source)
+    first = image.read_bytes()
+    # The same length and the same times: only the content tells. Then metadata alone, then a file less and one more.
+    place = first.index(LARGE[:1024])
+    second = bytearray(first)
+    second[place + 100 : place + 103] = b"new"
+    image.write_bytes(second)
+    fs.debugfs(image, "set_inode_field /etc/passwd mode 0100600")
+    third = image.read_bytes()
+    fs.debugfs(image, "rm /gone/file", "rmdir /gone", f"write {source}/same-1 added")
+    fourth = image.read_bytes()
+    alone = Alone(tmp_path, image_format)
+    marks = []
+    with alone.serving() as ready:
+        before = bytes(12 * MIB)
+        for number, state in enumerate((first, bytes(second), third, fourth)):
+            if image_format == "raw":
+                fs.write_changes(ready, before, state)
+            else:
+                write_inside(tmp_path, ready, before, state)
+            before = state
+            marks.append(json.loads(vmrewind("mark", alone.config, f"m{number}", "--json").stdout)["seq"])
+
+        def between(one: int, other: int, *more: str) -> dict[str, tuple[str, list[str]]]:
+            (volume,) = told("diff", alone.config, "--from", f"@m{one}", "--to", f"@m{other}", *more)["volumes"]
+            return {found["path"]: (found["change"], found["what"]) for found in volume["differences"]}
+
+        assert between(0, 0) == {}
+        assert between(0, 1) == {"/large.bin": ("changed", ["content"])}
+        assert between(1, 2) == {"/etc/passwd": ("changed", ["mode"])}
+        last = {"/gone": ("removed", []), "/gone/file": ("removed", []), "/added": ("added", [])}
+        assert between(2, 3) == last
+        assert between(3, 2, "/gone") == {"/gone": ("added", []), "/gone/file": ("added", [])}
+        lines = vmrewind("diff", alone.config, "--from", "@m0", "--to", "@m3").stdout.splitlines()
+        assert sorted(lines) == ["A /added", "D /gone", "D /gone/file", "M /etc/passwd (mode)", "M /large.bin (content)"]
+
+        def found(path: str, *more: str) -> list[dict[str, Any]]:
+            output = vmrewind("find", alone.config, "--path", path, "--json", *more).stdout
+            return [json.loads(line) for line in output.splitlines()]
+
+        (birth, change) = found("/large.bin", "--from", "@m0")
+        assert not birth["known_before"] and birth["seq"] == marks[0] and birth["size"] == len(LARGE)
+        assert change["what"] == ["content"] and marks[0] < change["seq"] < marks[1]
+        whole = found("/gone/file")
+        assert whole[-1]["what"] == ["removed"] and marks[2] < whole[-1]["seq"] < marks[3]
+        assert [change["what"] for change in found("/etc/passwd", "--from", "@m0")] == [["appeared"], ["mode"]]
+        # Right before that record the file is there, right after it is not.
+        seq = whole[-1]["seq"]
+        assert vmrewind("ls", alone.config, "--at", f"seq:{seq - 1}", "/gone/file", check=False).returncode == 0
+        assert vmrewind("ls", alone.config, "--at", f"seq:{seq}", "/gone/file", check=False).returncode == 13
+        if image_format == "raw":
+            arguments = ("find", alone.config, "--offset", str(place + 50), "--length", "60", "--from", "@m0", "--json")
+            (touch,) = [json.loads(line) for line in vmrewind(*arguments).stdout.splitlines()]
+            assert touch["seq"] == change["seq"] and touch["offset"] <= place + 100 < touch["offset"] + touch["length"]
+            assert len(vmrewind(*arguments[:-3]).stdout.splitlines()) == 2
+
+
+def write_inside(directory: Path, ready: dict[str, Any], before: bytes, after: bytes) -> None:
+    """What differs, written through QEMU's qcow2 driver above the served bytes."""
+    words: list[str] = []
+    for at in range(0, len(after), fs.BLOCK):
+        if before[at : at + fs.BLOCK] != after[at : at + fs.BLOCK]:
+            (directory / f"piece-{at}").write_bytes(after[at : at + fs.BLOCK])
+            words += ["-c", f"write -s {directory}/piece-{at} {at} {fs.BLOCK}"]
+    subprocess.run(["qemu-io", "-f", "qcow2", ready["disks"]["vda"]["uri"], *words, "-c", "flush"], check=True, capture_output=True)

@@ -21,7 +21,7 @@ _SILENCE_SECONDS: Final = 300.0
 """A library that neither answers nor reads for so long hangs in what a guest wrote."""
 _LIBRARIES: Final = ("pytsk3", "pyfsext", "pyfsxfs", "pyvslvm")
 
-_A = TypeVar("_A", wire.Volume, wire.Entry, wire.Details, wire.Piece, wire.Trace)
+_A = TypeVar("_A", wire.Volume, wire.Entry, wire.Details, wire.Extents, wire.Piece, wire.Trace)
 
 
 class Bytes(Protocol):
@@ -102,6 +102,10 @@ class Reader:
     def details(self, volume: str, inode: int) -> wire.Details:
         """What else is known of an inode; raises FileError."""
         return self._one(wire.GetDetails(volume, inode), wire.Details)
+
+    def extents(self, volume: str, inode: int) -> wire.Extents:
+        """Where a file's content lies."""
+        return self._one(wire.GetExtents(volume, inode), wire.Extents)
 
     def trace(self) -> dict[str, list[tuple[int, int]]]:
         """What was read of each disk's top image since ``open``: (offset, length), in order, disjoint."""

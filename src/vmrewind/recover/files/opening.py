@@ -76,14 +76,14 @@ def choose(reader: Reader, volumes: Sequence[Volume], wanted: str | None, path: 
 
     Raises FileError, UsageError if several have it.
     """
-    readable = [volume for volume in volumes if volume.readable]
-    if wanted is not None:
-        readable = _named(volumes, wanted)
-    if not readable:
+    possible = readable(volumes, wanted)
+    if wanted is not None and not possible:
+        raise _unknown(volumes, wanted)
+    if not possible:
         raise FileError("there is no file system that can be read", "ls without a path shows what there is")
     found: list[tuple[Volume, Entry]] = []
     error: FileError | None = None
-    for volume in readable:
+    for volume in possible:
         try:
             found.append((volume, reader.lookup(volume.name, path)))
         except FileError as failed:
@@ -99,17 +99,20 @@ def choose(reader: Reader, volumes: Sequence[Volume], wanted: str | None, path: 
     return found[0]
 
 
-def _named(volumes: Sequence[Volume], wanted: str) -> list[Volume]:
-    found = [volume for volume in volumes if volume.name == wanted]
-    if not found and wanted.isdecimal():
-        found = [
-            volume for volume in volumes if "/" not in volume.name and volume.name.rstrip("0123456789") + wanted == volume.name
-        ]
-    names = ", ".join(volume.name for volume in volumes)
-    if not found:
-        raise UsageError(f"there is no partition {wanted!r}", f"there are: {names}")
-    if len(found) > 1:
-        raise UsageError(f"there are several partitions {wanted}", f"name one in full: {', '.join(v.name for v in found)}")
-    if not found[0].readable:
-        raise FileError(f"{found[0].name}: there is no file system that can be read", "; ".join(found[0].notes))
-    return found
+def readable(volumes: Sequence[Volume], wanted: str | None) -> list[Volume]:
+    """The volumes with a file system that can be read; only the one that ``wanted`` names if it is given (by number, by name)."""
+    found = [volume for volume in volumes if volume.readable]
+    if wanted is None:
+        return found
+    exact = [volume for volume in found if volume.name == wanted]
+    return exact or [
+        volume for volume in found if "/" not in volume.name and volume.name.rstrip("0123456789") + wanted == volume.name
+    ]
+
+
+def _unknown(volumes: Sequence[Volume], wanted: str) -> FileError | UsageError:
+    there = [volume for volume in volumes if volume.name == wanted]
+    if there:
+        return FileError(f"{wanted}: there is no file system that can be read", "; ".join(there[0].notes))
+    names = ", ".join(volume.name for volume in volumes if volume.readable)
+    return UsageError(f"there is no partition {wanted!r} with a file system that can be read", f"there are: {names}")

@@ -36,6 +36,8 @@ class _Reader:
         self._sock = sock
         self._images: dict[str, Image] = {}
         self._volumes: dict[str, Found] = {}
+        self._plain: set[str] = set()
+        self._replay = False
 
     def answers(self, question: wire.Question) -> Iterator[wire.Answer]:
         match question:
@@ -62,11 +64,20 @@ class _Reader:
             case wire.GetDetails(volume, inode):
                 xattrs, device = self._system(volume).details(inode)
                 yield wire.Details(xattrs, device)
+            case wire.GetExtents(volume, inode):
+                yield self._extents(volume, inode)
             case wire.GetTrace():
                 for disk, image in self._images.items():
                     yield wire.Trace(disk, _union(image.touched))
             case _:
                 assert_never(question)
+
+    def _extents(self, volume: str, inode: int) -> wire.Extents:
+        ranges, place = self._system(volume).extents(inode), self._volumes[volume].place
+        # In qcow2 the disk is not where its guest sees it, and a journal that is counted in may hold content.
+        if ranges is None or place is None or place[0] not in self._plain or self._replay:
+            return wire.Extents(None, [])
+        return wire.Extents(place[0], [(place[1] + offset, length) for offset, length in ranges])
 
     def _system(self, name: str) -> FileSystem:
         volume = self._volumes.get(name)
@@ -76,6 +87,8 @@ class _Reader:
 
     def _open(self, disks: dict[str, list[wire.Layer]], replay: bool) -> None:
         self._images.clear()
+        self._replay = replay
+        self._plain = {disk for disk, layers in disks.items() if layers[0].format != "qcow2"}
         composed: dict[str, Blocks] = {}
         for disk, layers in disks.items():
             whole: Blocks | None = None

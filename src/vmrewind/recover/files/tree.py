@@ -29,6 +29,9 @@ class FileSystem(Protocol):
     def content(self, inode: int) -> Iterator[Piece]:
         """A file's content in order of offset, but for holes."""
 
+    def extents(self, inode: int) -> list[tuple[int, int]] | None:
+        """(offset, length) in the file system of a file's content as it is read; None if it is not there as it is."""
+
     def details(self, inode: int) -> tuple[dict[str, bytes], tuple[int, int] | None]:
         """Extended attributes, and a device's number. Raises FileError if they cannot be read."""
 

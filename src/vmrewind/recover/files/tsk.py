@@ -154,6 +154,22 @@ class SleuthKit:
         except OSError as error:
             raise FileError(f"inode {inode} cannot be read: {_told(error)}") from error
 
+    def extents(self, inode: int) -> list[tuple[int, int]] | None:
+        """See FileSystem."""
+        try:
+            attribute = self._data_of(self._system.open_meta(inode))
+            if attribute is None or not self._lies_plainly(attribute):
+                return None
+            block = int(self._system.info.block_size)
+            return [(int(run.addr) * block, int(run.len) * block) for run in attribute if not int(run.flags) & _HOLE]
+        except OSError:
+            return None
+
+    @staticmethod
+    def _lies_plainly(attribute: Any) -> bool:
+        flags = int(attribute.info.flags)
+        return bool(flags & _NONRESIDENT) and not flags & _COMPRESSED_ENCRYPTED
+
     def _data_of(self, file: Any) -> Any:
         """The attribute with the content: NTFS's unnamed stream; elsewhere the only one."""
         wanted = pytsk3.TSK_FS_ATTR_TYPE_NTFS_DATA if self.kind == "ntfs" else pytsk3.TSK_FS_ATTR_TYPE_DEFAULT
@@ -164,8 +180,8 @@ class SleuthKit:
 
     def _stretches(self, attribute: Any) -> Iterator[tuple[int, int]]:
         """The parts of the content, bytes, that are no holes."""
-        size, flags = int(attribute.info.size), int(attribute.info.flags)
-        if not flags & _NONRESIDENT or flags & _COMPRESSED_ENCRYPTED:
+        size = int(attribute.info.size)
+        if not self._lies_plainly(attribute):
             yield 0, size
             return
         block = int(self._system.info.block_size)

@@ -31,6 +31,8 @@ class Found:
     label: str = ""
     notes: list[str] = field(default_factory=list)
     system: FileSystem | None = None
+    place: tuple[str, int] | None = None
+    """The disk that it lies on in one piece, and where."""
 
 
 def volumes(disks: dict[str, Blocks], *, replay: bool) -> list[Found]:
@@ -53,10 +55,10 @@ def _of_disk(name: str, disk: Blocks) -> Iterator[Found]:
     kind = kind_of(disk)
     parts = partitions(disk) if not kind else []
     if not parts:
-        yield Found(name, disk, "whole disk", kind)
+        yield Found(name, disk, "whole disk", kind, place=(name, 0))
     for number, (offset, size, description) in enumerate(parts, 1):
         part = Part(disk, offset, size)
-        yield Found(f"{name}{number}", part, description, kind_of(part))
+        yield Found(f"{name}{number}", part, description, kind_of(part), place=(name, offset))
 
 
 def kind_of(blocks: Blocks) -> str:

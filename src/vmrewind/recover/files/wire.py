@@ -61,6 +61,13 @@ class GetDetails(msgspec.Struct, frozen=True, tag=True):
     inode: int
 
 
+class GetExtents(msgspec.Struct, frozen=True, tag=True):
+    """Parent: where on which disk does this file's content lie?"""
+
+    volume: str
+    inode: int
+
+
 class GetTrace(msgspec.Struct, frozen=True, tag=True):
     """Parent: which ranges of which disks have been read since the disks were opened?"""
 
@@ -120,6 +127,13 @@ class Details(msgspec.Struct, frozen=True, tag=True):
     device: tuple[int, int] | None
 
 
+class Extents(msgspec.Struct, frozen=True, tag=True):
+    """Reader: (offset, length) on a raw disk that hold a file's content; ``disk``: None if that cannot be told so."""
+
+    disk: str | None
+    ranges: list[tuple[int, int]]
+
+
 class Piece(msgspec.Struct, frozen=True, tag=True):
     """Reader: a part of a file's content."""
 
@@ -146,9 +160,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     kind: str
 
 
-Question = OpenDisks | GetVolumes | Lookup | ListDirectory | ReadFile | GetDetails | GetTrace
+Question = OpenDisks | GetVolumes | Lookup | ListDirectory | ReadFile | GetDetails | GetExtents | GetTrace
 FromParent = Question | Data
-Answer = Volume | Entry | Details | Piece | Trace
+Answer = Volume | Entry | Details | Extents | Piece | Trace
 FromReader = Answer | Done | Failed | WantData
 
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -108,6 +108,15 @@ class Xfs:
         except OSError as error:
             raise FileError(f"inode {inode} cannot be read: {_told(error)}") from error
 
+    def extents(self, inode: int) -> list[tuple[int, int]] | None:
+        """See FileSystem."""
+        file = self._file(inode)
+        try:
+            found = [file.get_extent(number) for number in range(file.number_of_extents)]
+        except OSError:
+            return None
+        return [(offset, length) for offset, length, flags in found if not flags & _HOLE]
+
     def details(self, inode: int) -> tuple[dict[str, bytes], tuple[int, int] | None]:
         """See FileSystem."""
         file = self._file(inode)
