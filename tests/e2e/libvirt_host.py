@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 from guests.kernel import cache_directory
 from vmrewind.paths import VmPaths
@@ -154,6 +154,13 @@ class LibvirtHost:
     def vmrewind(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run vmrewind."""
         return self.run(sys.executable, "-P", "-m", "vmrewind.cli.main", *arguments, check=check)
+
+    def popen(self, *arguments: str | Path, stdout: IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Start vmrewind and go on; its process id is the one returned."""
+        command = [*self._entering, sys.executable, "-P", "-m", "vmrewind.cli.main", *map(str, arguments)]
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, pass_fds=[self._namespace], cwd=self.directory
+        )
 
     @property
     def repository(self) -> Path:

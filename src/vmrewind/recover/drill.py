@@ -94,10 +94,9 @@ def drill(history: History, targets: Sequence[str], position: Position, wanted: 
 def _machine(history: History, position: Position) -> DrillMachine:
     """The machine of the configuration that was in force at a position."""
     repository = history.reachable_repository("the configuration")
-    versions = repository.configs()
-    if not versions:
+    name = repository.config_at(position.time_ns)
+    if name is None:
         raise MomentError(f"{history.name}: its configuration is not in the repository", "ship carries it: vmrewind ship on")
-    name = max((version for version in versions if version.time_ns <= position.time_ns), default=versions[0])
     return machine_of(repository.config(name), name.suffix, name.key)
 
 

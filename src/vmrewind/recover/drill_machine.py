@@ -39,20 +39,25 @@ class DrillMachine:
     devices: Mapping[str, str]
     left_out: list[str] = field(default_factory=list)
 
+    def with_nodes(self, nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The command line with a disk for each block node, by target; without consoles and without a word on networks."""
+        command = [self.command[0], "-parallel", "none", "-display", "none", "-monitor", "none"]
+        for node in nodes.values():
+            command += ["-blockdev", json.dumps(node)]
+        command += self.command[1:]
+        for index, target in enumerate(nodes, 1):  # 0 is a -kernel's
+            if device := self.devices.get(target, "virtio-blk-pci"):
+                place = "" if "bootindex" in device else f",bootindex={index}"
+                command += ["-device", f"{device},drive={target}{place}"]
+        return command
+
     def with_disks(self, disks: Sequence[RestoredDisk], agent_fd: int) -> list[str]:
         """The whole command line. The serial console is stdout; ``agent_fd`` is one end of a socket pair, the guest agent's."""
-        command = [self.command[0], "-no-reboot", "-parallel", "none", "-display", "none", "-nic", "none", "-monitor", "none"]
+        nodes = {}
         for disk in disks:
             file = {"driver": "file", "filename": str(disk.path), "discard": "unmap"}
-            command += [
-                "-blockdev",
-                json.dumps({"driver": disk.format, "node-name": disk.target, "discard": "unmap", "file": file}),
-            ]
-        command += self.command[1:]
-        for index, disk in enumerate(disks):
-            if device := self.devices.get(disk.target, "virtio-blk-pci"):
-                place = "" if "bootindex" in device else f",bootindex={index}"
-                command += ["-device", f"{device},drive={disk.target}{place}"]
+            nodes[disk.target] = {"driver": disk.format, "node-name": disk.target, "discard": "unmap", "file": file}
+        command = [*self.with_nodes(nodes), "-no-reboot", "-nic", "none"]
         command += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         command += ["-chardev", f"socket,id=agent,fd={agent_fd}", "-device", "virtio-serial-pci,id=agent-bus"]
         command += ["-device", "virtserialport,bus=agent-bus.0,chardev=agent,name=org.qemu.guest_agent.0"]

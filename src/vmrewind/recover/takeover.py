@@ -287,14 +287,14 @@ def _restore(
 
 
 def _config_at(repository: VmRepository, time_ns: int) -> ConfigName:
-    """The configuration that the VM had at a time; the first one for times before it."""
-    names = repository.configs()
-    if not names:
+    """The configuration that the VM had at a time."""
+    name = repository.config_at(time_ns)
+    if name is None:
         raise RepositoryError(
             f"{repository.repository.url}: holds no configuration of {repository.name}",
             "restore its disks (vmrewind restore --output) and write the configuration by hand",
         )
-    return next((name for name in reversed(names) if name.time_ns <= time_ns), names[0])
+    return name
 
 
 def _give_name(partial: Path, note: _Note) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+from xml.sax.saxutils import unescape
 
 from vmrewind.errors import LibvirtError, VmStateError
 
@@ -77,6 +78,13 @@ class Libvirt:
             self._connection.defineXML(xml.decode())
         except self._module.libvirtError as error:
             raise LibvirtError(f"libvirt refuses the domain's new XML: {_message(error)}", "the domain is unchanged") from None
+
+    def start_transient(self, xml: bytes) -> Domain:
+        """Start a domain that libvirt knows only while it runs, and ends when this connection does, however that comes."""
+        try:
+            return Domain(self._module, self._connection.createXML(xml.decode(), self._module.VIR_DOMAIN_START_AUTODESTROY))
+        except self._module.libvirtError as error:
+            raise LibvirtError(f"libvirt does not start it: {_message(error)}", "journalctl -u libvirtd may tell more") from None
 
 
 class Domain:
@@ -146,6 +154,36 @@ class Domain:
         except self._module.libvirtError as error:
             raise LibvirtError(f"domain {self.name!r}: {_message(error)}", "virsh resume it") from None
         return True
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs, or pauses; a transient one is gone for good once it does not."""
+        try:
+            return bool(self._handle.isActive())
+        except self._module.libvirtError as error:
+            if error.get_error_code() == self._module.VIR_ERR_NO_DOMAIN:
+                return False
+            raise LibvirtError(f"domain {self.name!r}: {_message(error)}", "is libvirtd running?") from None
+
+    @property
+    def nvram(self) -> Path | None:
+        """The file with its firmware's variables, which libvirt leaves where it is."""
+        try:
+            text: str = self._handle.XMLDesc(0)
+        except self._module.libvirtError as error:
+            raise LibvirtError(f"domain {self.name!r}: {_message(error)}", "are you root?") from None
+        found = re.search(r"<nvram[^>]*>([^<]+)</nvram>", text)
+        return Path(unescape(found[1])) if found else None
+
+    def destroy(self) -> None:
+        """End it as pulling the plug does, if it has not ended."""
+        if not self.active:
+            return
+        try:
+            self._handle.destroy()
+        except self._module.libvirtError as error:
+            if self.active:
+                raise LibvirtError(f"domain {self.name!r}: {_message(error)}", f"virsh destroy {self.name}") from None
 
 
 def qemu_owner(conf: Path = QEMU_CONF) -> tuple[int, int]:

@@ -1,0 +1,196 @@
+"""``vmrewind boot``: a VM as it was at a moment, beside the one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import signal
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from vmrewind.cli.drill import ending_by_signals
+from vmrewind.cli.progress import byte_progress
+from vmrewind.errors import UsageError
+from vmrewind.history.moments import FORMS, format_time
+from vmrewind.history.resolve import resolve
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import Position, private_directory
+from vmrewind.paths import VmPaths
+from vmrewind.recover.boot import run_machine
+from vmrewind.recover.boot_machine import Stored, configuration, qemu_line
+from vmrewind.recover.exporting import exported
+from vmrewind.recover.keep import Keeping, KeptVm
+from vmrewind.start.libvirt import DEFAULT_URI, Libvirt, qemu_owner
+from vmrewind.start.places import make_places
+from vmrewind.start.resolve import VM_HELP, StoredVm, open_any
+from vmrewind.vmconfig.beside import beside
+from vmrewind.vmconfig.model import Invalid, check_name
+
+_POLL_SECONDS = 0.5
+
+
+def boot(
+    vm: Annotated[str, Parameter(help=VM_HELP)],
+    /,
+    *,
+    at: Annotated[str, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}.")],
+    network: Annotated[
+        str,
+        Parameter(help="none, or the libvirt network its interfaces are put on; without libvirt the id of a -netdev of its own."),
+    ] = "none",
+    name: Annotated[str | None, Parameter(help="What it is called here; default: the VM's name and the record's number.")] = None,
+    scratch: Annotated[Path | None, Parameter(help="Directory for what it writes; default: the one for temporary files.")] = None,
+    keep: Annotated[
+        Path | None,
+        Parameter(help="Copy its disks to full images in this new directory while it runs, with a TOML file (no libvirt)."),
+    ] = None,
+    protect: Annotated[
+        bool, Parameter(negative="", help="With --keep: it is a protected VM with a history of its own from its next start on.")
+    ] = False,
+    branch: Annotated[
+        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
+    ] = None,
+    connect: Annotated[str, Parameter(help="libvirt's URI, for a VM of libvirt.")] = DEFAULT_URI,
+    json: Annotated[bool, Parameter(negative="", help="Print JSON objects on stdout; the console then goes to stderr.")] = False,
+) -> int:
+    """Start a VM as it was at a moment, at once and beside the running one, which is not touched.
+
+    Its disks are composed as they are read, what it writes is gone with this command, and it has no network unless asked. Ends
+    with the VM; Ctrl-C ends both.
+    """
+    begun = time.monotonic()
+    if protect and keep is None:
+        raise UsageError("--protect is for --keep", "what is not kept has no next start: add --keep DIR, or leave it out")
+    found = open_any(vm)
+
+    def say(message: str) -> None:
+        print(f"vmrewind: {message}", file=sys.stderr, flush=True)
+
+    with found.history() as history, ending_by_signals():
+        if history.problem is not None:
+            say(f"the repository is left out: {history.problem}")
+        chosen = history.branch(branch)
+        position = resolve(history, chosen, at, chosen.targets)
+        info = history.runs[position.run]
+        formats = {disk.target: disk.format for disk in info.disks if disk.target in chosen.targets}
+        known = None if isinstance(found, StoredVm) else found.config
+        stored = configuration(history, known, position)
+        own = name or f"{found.name}-at-{position.seq}"
+        paths = _own_paths(own)
+        wires = None if network == "none" else network
+
+        def ready(left_out: Sequence[str], what: dict[str, object]) -> None:
+            seconds = time.monotonic() - begun
+            if json:
+                where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
+                told = {"event": "ready", "vm": found.name, "name": own, **where, **what, "left_out": list(left_out)}
+                print(json_module.dumps(told | {"seconds": round(seconds, 3)}), flush=True)
+                return
+            for device in left_out:
+                say(f"left out: {device}")
+            say(f"{own}: {found.name} as it was at {_moment(position)}, running after {seconds:.1f} s; Ctrl-C ends it")
+
+        libvirt = stored.suffix == "xml"
+        owner = None
+        if libvirt:
+            if keep is not None:
+                raise UsageError("--keep is for VMs without libvirt", "vmrewind restore --output makes images of the moment")
+            owner = qemu_owner()
+        with _places(paths, owner), contextlib.ExitStack() as opened:
+            directory = scratch or Path(tempfile.gettempdir())
+            if libvirt:
+                # Before any thread starts: they inherit it, and the signals wait for ``sigtimedwait``.
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            serving = opened.enter_context(
+                exported(history, list(formats), position, paths.nbd_socket, scratch=directory, owner=owner, complain=say)
+            )
+            if libvirt:
+                _run_domain(connect, stored, own, formats, serving.socket, wires, ready)
+                return 0
+            command, left_out = qemu_line(stored, own, formats, serving.socket, wires)
+            keeping = None
+            if keep is not None:
+                url = history.reachable_repository("what --keep names").repository.url
+                url = url if "://" in url else str(Path(url).absolute())
+                progress = opened.enter_context(byte_progress(json=json))
+                keeping = Keeping(keep, list(formats), stored.document, KeptVm(own, url, protect), progress, say)
+                opened.callback(keeping.give_up)
+                command.append("-no-shutdown")
+            return run_machine(
+                command,
+                console=sys.stderr.fileno() if json else None,
+                ready=lambda pid: ready(left_out, {"pid": pid}),
+                keeping=keeping,
+            )
+
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def _moment(position: Position) -> str:
+    return f"{format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)})"
+
+
+def _own_paths(name: str) -> VmPaths:
+    """The places of the VM to be; raises UsageError if its name is another one's."""
+    try:
+        check_name("--name", name)
+    except Invalid as error:
+        raise UsageError(str(error), error.hint) from None
+    paths = VmPaths(name)
+    with socket.socket(socket.AF_UNIX) as asking:
+        listening = paths.nbd_socket.exists() and asking.connect_ex(str(paths.nbd_socket)) == 0
+    if listening or paths.config.exists():
+        raise UsageError(f"there is a VM called {name} here already", "give it another name with --name")
+    return paths
+
+
+@contextlib.contextmanager
+def _places(paths: VmPaths, owner: tuple[int, int] | None) -> Iterator[None]:
+    """Its runtime directory, which QEMU's user gets through; nothing of it stays."""
+    before = paths.state.exists()
+    if owner is not None:
+        make_places(paths, owner)
+    else:
+        private_directory(paths.runtime)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            paths.runtime.rmdir()
+        if not before:
+            with contextlib.suppress(OSError):
+                paths.state.rmdir()
+
+
+def _run_domain(
+    uri: str,
+    stored: Stored,
+    name: str,
+    formats: dict[str, str],
+    disks: Path,
+    network: str | None,
+    ready: Callable[[Sequence[str], dict[str, object]], None],
+) -> None:
+    """Run a transient domain until it ends or a signal comes; libvirt itself ends it should we be killed."""
+    xml, left_out = beside(stored.document, name, str(uuid.uuid4()), formats, disks, network)
+    with Libvirt(uri) as libvirt:
+        domain = libvirt.start_transient(xml)
+        nvram = None
+        try:
+            nvram = domain.nvram
+            ready(left_out, {"domain": name})
+            while domain.active and signal.sigtimedwait(_SIGNALS, _POLL_SECONDS) is None:
+                pass
+        finally:
+            domain.destroy()
+            if nvram is not None:
+                nvram.unlink(missing_ok=True)

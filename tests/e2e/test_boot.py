@@ -1,0 +1,256 @@
+"""``vmrewind boot``: a moment runs beside the VM, which is not touched; nothing is left behind, or all of it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guests.images import ext4_image, qcow2_overlay, replay_and_check_ext4
+from guests.initramfs import initramfs
+from guests.kernel import linux
+from guests.machine import APPEND, Console, qemu_command
+from guests.protected import VMREWIND, Disk, ProtectedVm, vmrewind
+from tests.e2e.libvirt_host import LibvirtHost
+from tests.vm_tools import journal_records
+
+SCRIPT = """\
+mount -t ext4 /dev/vda /mnt || echo "ERR mount"
+trap 'stop=1' TERM
+if [ -e /mnt/precious ]; then echo "THERE $(cat /mnt/precious)"; else echo "MISSING"; fi
+grep -q 0x1000 /sys/bus/pci/devices/*/device && echo "NIC"
+[ -e /mnt/precious ] || { echo "first life" >/mnt/precious; sync; echo "MADE"; }
+n=0
+stop=
+while [ -z "$stop" ]; do
+    n=$((n + 1))
+    echo "$n" >/mnt/number && sync && echo "ACK $n" || { echo "ERR write"; exit 1; }
+    [ $n -eq 8 ] && { rm /mnt/precious; sync; echo "GONE"; }
+    usleep 200000
+done
+umount /mnt || echo "ERR umount"
+echo "DONE $n"
+"""
+"""A guest that makes a file, deletes it again, and writes on; each life of it tells whether the file was there."""
+
+
+@dataclass
+class Booted:
+    """A ``vmrewind boot``; ``console`` has its stderr: the guest's console and what the command says."""
+
+    process: subprocess.Popen[str]
+    ready: dict[str, Any]
+    console: Console
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        return self.console.wait_for(pattern, 60, lambda: self.process.poll() is None)
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(90)
+
+
+@contextlib.contextmanager
+def boot(directory: Path, *arguments: object) -> Iterator[Booted]:
+    directory.mkdir(exist_ok=True)
+    console = directory / "console"
+    with console.open("wb") as log:
+        words = [VMREWIND, "boot", *map(str, arguments), "--scratch", directory, "--json"]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, console.read_text()
+        yield Booted(process, json.loads(line), Console(console))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, within what a busy machine may take."""
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def protected(directory: Path, *, qcow2: bool) -> ProtectedVm:
+    image = ext4_image(directory / "vda.raw", 32 << 20)
+    if qcow2:
+        image = qcow2_overlay(directory / "vda.qcow2", image)
+    command = qemu_command(directory / "serial", linux().kernel, initramfs(SCRIPT))
+    command += ["-netdev", "user,id=lan,restrict=on", "-device", "virtio-net-pci,netdev=lan,mac=52:54:00:00:00:01"]
+    vm = ProtectedVm(directory, "web", command, [Disk("vda", image, "qcow2" if qcow2 else "raw")])
+    vmrewind("init", vm.repository)
+    return vm
+
+
+def test_a_deleted_file_is_there_beside_the_vm_that_deleted_it(tmp_path: Path) -> None:
+    with protected(tmp_path, qcow2=False) as vm:
+        vm.start()
+        vm.wait_for("^ACK 2$")
+        with vm.paused():
+            vmrewind("mark", vm.config, "before")
+        vm.wait_for("^GONE$")
+        with vm.paused():
+            records, image = journal_records(vm.journal), digest(tmp_path / "vda.raw")
+            with boot(tmp_path / "one", vm.config, "--at", "@before", "--network", "lan") as booted:
+                booted.wait_for("^THERE first life")
+                booted.wait_for("^ACK 2$")
+                booted.wait_for("^NIC$")
+                assert digest(tmp_path / "vda.raw") == image
+                writes = [r for r in journal_records(vm.journal)[len(records) :] if r.get("op") in ("write", "zero", "discard")]
+                assert writes == []
+                assert booted.ready["name"] != "web" and booted.ready["seconds"] < 20
+                line = Path(f"/proc/{booted.ready['pid']}/cmdline").read_bytes().split(b"\0")
+                assert any(b"mac=52:54:00" in word for word in line) and not any(b"00:00:00:01" in word for word in line)
+                assert b"file:" + bytes(tmp_path / "serial") not in line and "-serial file" in str(booted.ready["left_out"])
+                serial = (tmp_path / "serial").read_bytes()
+                assert b"THERE" not in serial
+                after = vm.console.text()
+                assert booted.end(signal.SIGTERM) == 0 and gone(booted.ready["pid"])
+                assert not (Path(os.environ["VMREWIND_RUNTIME_DIR"]) / booted.ready["name"]).exists()
+            assert vm.running() and "ERR" not in after
+        last = int(re.findall(r"^ACK (\d+)$", vm.console.text(), re.MULTILINE)[-1])
+        vm.wait_for(rf"^ACK {last + 3}$")
+        # What it wrote is nowhere: the same moment is as it was, and killed outright nothing of it stays.
+        with boot(tmp_path / "two", vm.config, "--at", "@before", "--name", "again") as booted:
+            booted.wait_for("^THERE first life")
+            last = int(re.findall(r"^ACK (\d+)$", vm.console.text(), re.MULTILINE)[-1])
+            vm.wait_for(rf"^ACK {last + 3}$")
+            assert "NIC" not in booted.console.text()
+            os.kill(booted.process.pid, signal.SIGKILL)
+            assert gone(booted.ready["pid"])
+        assert list((tmp_path / "two").iterdir()) == [tmp_path / "two" / "console"]
+        assert vm.running()
+
+
+def test_what_is_kept_is_a_vm_of_its_own(tmp_path: Path) -> None:
+    with protected(tmp_path, qcow2=True) as vm:
+        vm.start()
+        vm.wait_for("^ACK 2$")
+        with vm.paused():
+            vmrewind("mark", vm.config, "before")
+        vm.wait_for("^GONE$")
+        vm.quit()
+    kept = tmp_path / "kept"
+    with boot(tmp_path / "scratch", vm.config, "--at", "@before", "--keep", kept, "--protect", "--name", "copy") as booted:
+        booted.wait_for("^THERE first life")
+        booted.wait_for("kept: ")
+        numbers = re.findall(r"^ACK (\d+)$", booted.console.text(), re.MULTILINE)
+        booted.wait_for(rf"^ACK {int(numbers[-1] if numbers else 0) + 3}$")
+        assert booted.end() == 0, booted.console.text()
+        last = int(booted.wait_for(r"^DONE (\d+)")[1])
+        assert "ERR" not in booted.console.text()
+    assert sorted(path.name for path in kept.iterdir()) == ["copy.toml", "vda.raw"]
+    assert replay_and_check_ext4(kept / "vda.raw") == ""
+    number = subprocess.run(["debugfs", "-R", "cat /number", kept / "vda.raw"], capture_output=True, text=True, check=True).stdout
+    assert int(number) == last, "what the guest wrote after the switch is in the image"
+    vmrewind("backup", kept / "copy.toml")
+    assert json.loads(vmrewind("status", "copy", "--json").stdout)["last_record"] is not None
+    assert "52:54:00:00:00:01" not in (kept / "copy.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--network", "wan"], "there are: lan"),
+        (["--protect"], "--keep"),
+        (["--name", "a/b"], "cannot be a VM's name"),
+        (["--keep", "/proc"], "nothing is overwritten"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_starts(stopped: ProtectedVm, arguments: list[str], words: str) -> None:
+    done = vmrewind("boot", stopped.config, "--at", "latest", *arguments, check=False)
+    assert done.returncode == 2 and words in " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProtectedVm]:
+    directory = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
+        patch.setenv("VMREWIND_RUNTIME_DIR", str(directory / "run"))
+        vm = protected(directory, qcow2=False)
+        with (directory / "vda.raw").open("r+b") as image:
+            image.seek(20 << 20)
+            image.write(os.urandom(8 << 20))
+        vmrewind("backup", vm.config)
+        vmrewind("ship", "on", vm.config)
+    yield vm
+
+
+def test_a_copy_that_is_broken_off_leaves_nothing(stopped: ProtectedVm, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    script = f"""mount -t tmpfs -o size=4m tmpfs {tmp_path}/small
+    "$0" boot {stopped.config} --at latest --keep {tmp_path}/small/kept --json; echo "exit code $?"; ls -A {tmp_path}/small"""
+    words = ["unshare", "--mount", "--propagation", "private", "--", "sh", "-c", script, VMREWIND]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=True)
+    ready, error, code = done.stdout.splitlines()
+    assert "No space left" in json.loads(error)["message"] and code == "exit code 4"
+    assert gone(json.loads(ready)["pid"])
+
+
+def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path: Path) -> None:
+    with LibvirtHost() as host:
+        image = ext4_image(host.directory / "disk.raw", 32 << 20)
+        kernel, initrd = (shutil.copy(path, host.directory) for path in (linux().kernel, initramfs(SCRIPT)))
+        console = Console(host.directory / "console")
+        host.define(f"""<domain type='qemu'><name>web01</name><memory unit='MiB'>192</memory>
+<os><type arch='x86_64'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{APPEND}</cmdline></os>
+<features><acpi/></features><on_reboot>destroy</on_reboot><devices>
+<disk type='file'><driver name='qemu' type='raw'/><source file='{image}'/><target dev='vda' bus='virtio'/></disk>
+<interface type='ethernet'><mac address='52:54:00:00:00:01'/><model type='virtio'/></interface>
+<serial type='file'><source path='{console.path}'/></serial><memballoon model='none'/></devices></domain>""")
+        host.protect("web01", "vda")
+        host.virsh("start", "web01")
+        console.wait_for("^ACK 2$")
+        host.virsh("suspend", "web01")
+        host.vmrewind("mark", "web01", "before")
+        host.virsh("resume", "web01")
+        console.wait_for("^GONE$")
+        log = host.directory / "boot.log"
+        with log.open("wb") as output:
+            process = host.popen("boot", "web01", "--at", "@before", "--json", stdout=output, stderr=output)
+        try:
+            ready = json.loads(Console(log).wait_for("^{.*$", 60, lambda: process.poll() is None)[0])
+            name = ready["name"]
+            xml = host.virsh("dumpxml", name).stdout
+            assert host.virsh("domuuid", name).stdout != host.virsh("domuuid", "web01").stdout
+            assert "<interface" not in xml and str(image) not in xml and str(console.path) not in xml
+            assert ready["left_out"] == ["<interface>"]
+            pty = re.findall(r"/dev/pts/\d+", host.virsh("ttyconsole", name).stdout)[0]
+            reader = host.run("timeout", "40", "sh", "-c", f"grep -m1 -a THERE <{pty}", check=False)
+            assert "THERE first life" in reader.stdout
+            number = int(re.findall(r"^ACK (\d+)$", console.text(), re.MULTILINE)[-1])
+            console.wait_for(rf"^ACK {number + 3}$")
+            # libvirt itself ends it when nobody is left who could.
+            process.kill()
+            process.wait()
+            deadline = time.monotonic() + 30
+            while name in host.virsh("list", "--all", "--name").stdout.split():
+                assert time.monotonic() < deadline
+            assert host.virsh("domstate", "web01").stdout.strip() == "running"
+        finally:
+            process.kill()
+            process.wait()
+        host.virsh("destroy", "web01")
