@@ -66,6 +66,7 @@ class Reader:
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._decoder = msgspec.msgpack.Decoder(wire.FromReader)
+        self.pid = self._process.pid
 
     def __enter__(self) -> Self:
         return self
