@@ -101,6 +101,12 @@ def test_an_agent_that_does_not_do_its_work_makes_no_bookmark(tmp_path: Path) ->
             assert all(seconds < FROZEN_SECONDS_MAX for seconds in agent.frozen_seconds), (words, agent.frozen_seconds)
             if command == freezing:
                 assert "guest-fsfreeze-thaw" in agent.asked, words
+        # A thaw is asked for until the agent confirms it.
+        unwilling = iter((refuse(), b"nonsense\n"))
+        agent.reset(guest_fsfreeze_freeze=half, guest_fsfreeze_thaw=lambda: next(unwilling, None) or agent.thaw())
+        with pytest.raises(GuestAgentError, match="froze 1 of 2"):
+            freeze("web01")
+        assert agent.frozen_since is None and agent.asked.count("guest-fsfreeze-thaw") == 3
         agent.reset(guest_fsfreeze_freeze=half)
         done = vmrewind("mark", vm.config, "point", "--quiesce", check=False)
         assert done.returncode == GuestAgentError.exit_code and "froze 1 of 2" in done.stderr, done.stderr

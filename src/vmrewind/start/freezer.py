@@ -64,7 +64,7 @@ def freeze_and_look(paths: VmPaths, guest: Guest) -> dict[str, Any]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise VmStateError(f"{paths.name}: its guest is being frozen by another command", "try again") from None
+            raise VmStateError("its guest is being frozen by another command", "try again") from None
         expected, not_frozen = to_freeze(guest.file_systems())
         if not expected:
             raise GuestAgentError("the guest has mounted no file system that could be frozen", "mark it without --quiesce")
@@ -82,7 +82,7 @@ def freeze_and_look(paths: VmPaths, guest: Guest) -> dict[str, Any]:
                 )
             state = status_in_time(paths, ASK_SECONDS)
             if state["bypass"] is not None:
-                raise SpaceError(f"{paths.name}: its history has a gap now", "`vmrewind status` tells why, and when it is closed")
+                raise SpaceError("its history has a gap now", "`vmrewind status` tells why, and when it is closed")
         except BaseException:
             tell("thawing")
             thaw(guest)

@@ -1,0 +1,187 @@
+"""``python -m bench.views``: what it costs to open a moment of a large disk with a long history.
+
+The journal has the real format and is written by the real writer, but for its payloads, which are holes: zeroes that take no space,
+with their right checksums. So any amount of history fits, while record tables, which are all that opening reads, lie there as they
+would. Each measurement is a process of its own. The tables are in the page cache, because they have just been written.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import io
+import json
+import os
+import pstats
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+from unittest.mock import patch
+
+import cyclopts
+import numpy as np
+import xxhash
+from cyclopts import Parameter
+
+from bench.machine import describe, one_line
+from vmrewind.history.history import History
+from vmrewind.history.resolve import resolve
+from vmrewind.history.rows import TABLE
+from vmrewind.history.view import View
+from vmrewind.journal import format as fmt
+from vmrewind.journal.clock import Clock
+from vmrewind.journal.pool import Recycling, SegmentPool
+from vmrewind.journal.runs import DiskInfo, ImageIdentity, RunInfo, private_directory, run_path, write_durably
+from vmrewind.journal.writer import JournalWriter
+from vmrewind.repository.chunks import CHUNK_SIZE
+from vmrewind.repository.manifest import Manifest, new_base_id
+
+VM: Final = "bench"
+TARGET: Final = "vda"
+RUN: Final = 1
+SECTOR: Final = 512
+LENGTH_MAX: Final = 64 << 10
+_MIB: Final = 1 << 20
+_READS: Final = 200
+_SEED: Final = 1
+
+app = cyclopts.App(name="python -m bench.views", help="Measure opening a moment of a large disk with a long history.")
+
+
+@app.default
+def main(
+    *,
+    records: Annotated[int, Parameter(help="How many writes the history holds.")] = 10_000_000,
+    disk_gib: Annotated[int, Parameter(help="The disk's size.")] = 1024,
+    batch: Annotated[int, Parameter(help="Records in a batch: how many requests the guest had in flight.")] = 16,
+    repeats: Annotated[int, Parameter(help="How often it is opened.")] = 3,
+    directory: Annotated[Path | None, Parameter(help="Where the journal is made; default: the one for temporary files.")] = None,
+    json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a history, open it a few times, and once more under the profiler."""
+    with tempfile.TemporaryDirectory(prefix="bench-views-", dir=directory) as name:
+        made = _make(Path(name), records, disk_gib << 30, batch)
+        measured = [_in_a_process(Path(name)) for _ in range(repeats)]
+        profiled = _in_a_process(Path(name), "--profile")
+        machine = describe(Path(name))
+    if json:
+        print(_json(machine | {"made": made, "opened": measured}))
+        return
+    print(one_line(machine))
+    print(f"{records} records, {disk_gib} GiB, {batch} a batch: {made['segments']} segments, written in {made['seconds']:.1f} s")
+    for figures in measured:
+        print("  " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+    print(profiled["profile"])
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content)
+
+
+def _in_a_process(directory: Path, *more: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", "bench.views", "measure", directory, *more], stdout=subprocess.PIPE, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+@app.command
+def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """One measurement, in this process: seconds, bytes, counts, as one JSON object."""
+    before_bytes = _peak_bytes()
+    profiler = cProfile.Profile()
+    if profile:
+        profiler.enable()
+    figures: dict[str, Any] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        result = call()
+        figures[name] = round(time.perf_counter() - begun, 4)
+        return result
+
+    with timed("history_seconds", lambda: History.open(VM, directory / "journal", None, bases=directory / "bases")) as history:
+        branch = history.branch()
+        last = json.loads((directory / "made.json").read_text())["last_seq"]
+        position = timed("resolve_seconds", lambda: resolve(history, branch, f"seq:{last}", [TARGET]))
+        view = timed("view_seconds", lambda: View.open(history, TARGET, position))
+        figures["peak_bytes_above_imports"] = _peak_bytes() - before_bytes
+        # Where something was written: anywhere else the base's zeroes are answered for.
+        at = np.random.default_rng(_SEED).choice(view._index.starts[:-1], _READS + 1) & -4096
+        timed("first_read_seconds", lambda: view.read(int(at[0]), 4096))
+        timed(f"{_READS}_reads_seconds", lambda: [view.read(int(offset), 4096) for offset in at[1:]])
+        figures["extents"] = len(view._index)
+        figures["bytes_per_extent"] = round(figures["peak_bytes_above_imports"] / max(figures["extents"], 1), 1)
+        figures["held_bytes"] = _held_bytes() - before_bytes
+    figures["seconds_to_first_byte"] = round(
+        sum(figures[name] for name in ("history_seconds", "resolve_seconds", "view_seconds", "first_read_seconds")), 3
+    )
+    if profile:
+        profiler.disable()
+        out = io.StringIO()
+        pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(10)
+        figures["profile"] = out.getvalue().partition("filename:lineno(function)\n")[2].strip("\n")
+    print(_json(figures))
+
+
+def _make(directory: Path, records: int, size: int, batch: int) -> dict[str, Any]:
+    """Write a history of random writes, 512 bytes to 64 KiB long, most of them short, on a disk that was all zeroes."""
+    begun = time.perf_counter()
+    vm, journal = uuid.uuid4(), directory / "journal"
+    private_directory(journal)
+    image = ImageIdentity("/bench", size, 1, 1, 0)
+    manifest = Manifest(
+        new_base_id(time.time_ns()),
+        TARGET,
+        str(vm),
+        size,
+        CHUNK_SIZE,
+        time.time_ns(),
+        "raw",
+        None,
+        image,
+        (None,) * (size // CHUNK_SIZE),
+    )
+    write_durably(directory / "bases" / TARGET / f"{manifest.id}.json", manifest.to_json())
+    disks = (DiskInfo(0, TARGET, size, "raw", "/bench"),)
+    info = RunInfo(RUN, None, VM, str(vm), "bench", time.time_ns(), 1, disks, {TARGET: manifest.id})
+    write_durably(run_path(journal, RUN), info.to_json())
+    chance = np.random.default_rng(_SEED)
+    lengths = (np.exp(chance.uniform(0, np.log(LENGTH_MAX // SECTOR), records)).astype(np.uint64) * SECTOR).astype(np.uint32)
+    offsets = chance.integers(0, (size - LENGTH_MAX) // SECTOR, records, np.uint64) * SECTOR
+    checksums = np.array([xxhash.xxh3_64_intdigest(bytes(n * SECTOR)) for n in range(LENGTH_MAX // SECTOR + 1)], np.uint64)
+    # Twice what the payloads take: what a batch does not fill of its segment is lost.
+    pool = SegmentPool(journal, int(lengths.sum() * 1.1) + records * 128 + 16 * fmt.SEGMENT_SIZE)
+    with patch("os.posix_fallocate", lambda fd, _, length: os.truncate(fd, length)):
+        pool.allot()
+    writer = JournalWriter(pool, vm.bytes, RUN, Clock(), lambda _: Recycling.NO, 1)
+    writer.event(fmt.Event.START, {"vm": VM})
+    table = np.frombuffer(memoryview(writer.table), TABLE, fmt.RECORDS_MAX, writer.table_at)
+    table["op"], table["disk"], table["flags"] = fmt.Op.WRITE, 0, 0
+    for first in range(0, records, batch):
+        part = slice(first, min(first + batch, records))
+        count = part.stop - first
+        table["op"][:count] = fmt.Op.WRITE
+        table["offset"][:count] = offsets[part]
+        table["length"][:count] = lengths[part]
+        table["xxh3"][:count] = checksums[lengths[part] // SECTOR]
+        writer.commit(count, (), int(lengths[part].sum()))
+    made = {"last_seq": writer.next_seq - 1, "segments": writer.segment_number, "seconds": time.perf_counter() - begun}
+    (directory / "made.json").write_text(_json(made))
+    return made
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _held_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    app()
