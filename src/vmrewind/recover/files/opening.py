@@ -80,7 +80,8 @@ def choose(reader: Reader, volumes: Sequence[Volume], wanted: str | None, path: 
     if wanted is not None and not possible:
         raise _unknown(volumes, wanted)
     if not possible:
-        raise FileError("there is no file system that can be read", "ls without a path shows what there is")
+        notes = "; ".join(f"{volume.name}: {note}" for volume in volumes for note in volume.notes)
+        raise FileError("there is no file system that can be read", notes or "ls without a path shows what there is")
     found: list[tuple[Volume, Entry]] = []
     error: FileError | None = None
     for volume in possible:
@@ -90,7 +91,8 @@ def choose(reader: Reader, volumes: Sequence[Volume], wanted: str | None, path: 
             error = error or failed
     if not found:
         assert error is not None, "each was looked at"
-        raise error
+        notes = "; ".join(f"{volume.name}: {note}" for volume in possible for note in volume.notes)
+        raise FileError(str(error), notes or error.hint) from error
     if len(found) > 1:
         raise UsageError(
             f"{shown(path)} is in several file systems: {', '.join(volume.name for volume, _ in found)}",

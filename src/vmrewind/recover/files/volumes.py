@@ -191,6 +191,8 @@ def _ext(volume: Found, *, replay: bool) -> SleuthKit:
                 f"{volume.kind}'s journal holds {count} transactions that may not be in place yet: --replay counts them in"
             )
     except FileError as error:
+        if replay:
+            raise FileError(f"{volume.kind}: {error}", "without --replay what is in place can be looked at") from error
         notes.append(str(error))
     return SleuthKit(blocks, volume.kind, notes)
 
