@@ -69,14 +69,19 @@ def boot(directory: Path, *arguments: object) -> Iterator[Booted]:
     with console.open("wb") as log:
         words = [VMREWIND, "boot", *map(str, arguments), "--scratch", directory, "--json"]
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
+    ready: dict[str, Any] = {}
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, console.read_text()
-        yield Booted(process, json.loads(line), Console(console))
+        ready = json.loads(line)
+        yield Booted(process, ready, Console(console))
     finally:
         process.kill()
         process.communicate()
+        with contextlib.suppress(OSError, KeyError):
+            if b"vmrewind-monitor" in Path(f"/proc/{ready['pid']}/cmdline").read_bytes():
+                os.kill(ready["pid"], signal.SIGKILL)
 
 
 def gone(pid: int) -> bool:
@@ -95,6 +100,9 @@ def digest(path: Path) -> str:
 
 def protected(directory: Path, *, qcow2: bool) -> ProtectedVm:
     image = ext4_image(directory / "vda.raw", 32 << 20)
+    with image.open("r+b") as file:  # where the guest writes nothing, and a copy must not forget
+        file.seek(20 << 20)
+        file.write(os.urandom(8 << 20))
     if qcow2:
         image = qcow2_overlay(directory / "vda.qcow2", image)
     command = qemu_command(directory / "serial", linux().kernel, initramfs(SCRIPT))
@@ -138,6 +146,8 @@ def test_a_deleted_file_is_there_beside_the_vm_that_deleted_it(tmp_path: Path) -
             last = int(re.findall(r"^ACK (\d+)$", vm.console.text(), re.MULTILINE)[-1])
             vm.wait_for(rf"^ACK {last + 3}$")
             assert "NIC" not in booted.console.text()
+            # Held, so that it is not the guest that ends it when its disk is gone.
+            os.kill(booted.ready["pid"], signal.SIGSTOP)
             os.kill(booted.process.pid, signal.SIGKILL)
             assert gone(booted.ready["pid"])
         assert list((tmp_path / "two").iterdir()) == [tmp_path / "two" / "console"]
@@ -163,6 +173,7 @@ def test_what_is_kept_is_a_vm_of_its_own(tmp_path: Path) -> None:
         assert "ERR" not in booted.console.text()
     assert sorted(path.name for path in kept.iterdir()) == ["copy.toml", "vda.raw"]
     assert replay_and_check_ext4(kept / "vda.raw") == ""
+    assert (kept / "vda.raw").read_bytes()[20 << 20 : 28 << 20] == (tmp_path / "vda.raw").read_bytes()[20 << 20 : 28 << 20]
     number = subprocess.run(["debugfs", "-R", "cat /number", kept / "vda.raw"], capture_output=True, text=True, check=True).stdout
     assert int(number) == last, "what the guest wrote after the switch is in the image"
     vmrewind("backup", kept / "copy.toml")
@@ -191,9 +202,6 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProtectedVm]:
         patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
         patch.setenv("VMREWIND_RUNTIME_DIR", str(directory / "run"))
         vm = protected(directory, qcow2=False)
-        with (directory / "vda.raw").open("r+b") as image:
-            image.seek(20 << 20)
-            image.write(os.urandom(8 << 20))
         vmrewind("backup", vm.config)
         vmrewind("ship", "on", vm.config)
     yield vm
@@ -243,7 +251,8 @@ def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path:
             assert "THERE first life" in reader.stdout
             number = int(re.findall(r"^ACK (\d+)$", console.text(), re.MULTILINE)[-1])
             console.wait_for(rf"^ACK {number + 3}$")
-            # libvirt itself ends it when nobody is left who could.
+            # libvirt itself ends it when nobody is left who could; held, so that it is not the guest that does.
+            host.virsh("suspend", name)
             process.kill()
             process.wait()
             deadline = time.monotonic() + 30
