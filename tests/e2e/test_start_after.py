@@ -154,6 +154,32 @@ def test_what_another_repository_has_does_not_count_as_shipped_to_this_one(tmp_p
     assert first_run in {event["run"] for event in log if event["event"] == "history.dropped"}
 
 
+def test_a_repository_that_was_never_seen_is_not_taken_to_have_anything(tmp_path: Path) -> None:
+    """Neither the old one's bases nor what was shipped to it are in the new one, and a start that needs them waits for it."""
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+    other, away = tmp_path / "other", tmp_path / "away"
+    vmrewind("init", other)
+    other.rename(away)
+    alone.configure(repository=str(other))
+    refused = vmrewind("capture", alone.config, check=False)
+    assert refused.returncode == 5 and "needs a full backup" in refused.stderr
+    away.rename(other)
+    with alone.serving() as ready:
+        assert "base.made" in alone.events()
+        alone.write(ready, 2)
+    then = tmp_path / "then"
+    vmrewind("restore", f"{other}/alone", "--at", "latest", "--output", then)
+    assert (then / "vda.raw").read_bytes() == alone.image.read_bytes()
+    # One that is known may be away: the VM starts all the same, and needs nothing of it.
+    other.rename(away)
+    with alone.serving() as ready:
+        alone.write(ready, 3)
+    away.rename(other)
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
 def test_half_restored_images_are_never_started(tmp_path: Path) -> None:
     alone = Alone(tmp_path, on_failure="start-unprotected")
     with alone.serving() as ready:

@@ -44,6 +44,7 @@ from vmrewind.recover.restore import Progress, restore
 from vmrewind.repository.layout import ConfigName
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.images import refuse_half_restored
+from vmrewind.start.known_repository import note_repository
 from vmrewind.vmconfig.model import VmConfig
 
 _DIRECTORY_MODE: Final = 0o711
@@ -148,6 +149,7 @@ def take_over(
         register(repository, note.info)
         _finish_old_run(journal, say)
         _become(note, paths, journal, configuring)
+        note_repository(paths, repository.repository.url, repository.repository.id)
         config = note.directory / note.config
         last_step(config)
         EventLog(paths.events(note.info.run)).write("takeover.done", parent=run_name(_parent(note).run), seq=_parent(note).seq)

@@ -18,6 +18,7 @@ from vmrewind.journal.runs import write_durably
 from vmrewind.paths import state_root
 from vmrewind.repository.description import Description
 from vmrewind.repository.secret import given_secrets
+from vmrewind.repository.url import place_of
 
 _DIRECTORY: Final = "repositories"
 
@@ -63,7 +64,7 @@ def pin(url: str, repository_id: str) -> None:
 
 
 def _pin(url: str) -> tuple[Path, str]:
-    place = url.rstrip("/") if "://" in url else str(Path(url).absolute())
+    place = place_of(url)
     return state_root() / _DIRECTORY / f"{xxhash.xxh3_128_hexdigest(place.encode())}.json", place
 
 

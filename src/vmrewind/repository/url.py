@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Final
+from urllib.parse import unquote, urlsplit
 
 _USER: Final = re.compile(r"(?<=://)[^/?#\s]*@")
 _QUERY: Final = re.compile(r"[?#].*", re.DOTALL)
@@ -20,3 +22,13 @@ def redacted(url: str) -> str:
     if "://" not in url:
         return url
     return _QUERY.sub("?…", _USER.sub("…@", url))
+
+
+def place_of(url: str) -> str:
+    """The same text for every spelling of one place: a directory by its real path, an object store without idle slashes."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return os.path.realpath(url)
+    if scheme == "file":
+        return os.path.realpath(unquote(urlsplit(url).path))
+    return f"{scheme}://{rest.rstrip('/')}"

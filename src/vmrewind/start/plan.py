@@ -40,6 +40,7 @@ from vmrewind.repository.repository import VmRepository
 from vmrewind.start.bases import Progress, back_up, matching_base
 from vmrewind.start.continuity import forget_shipped_elsewhere, goes_on, newest_run
 from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
+from vmrewind.start.known_repository import is_where_it_was, note_repository
 from vmrewind.start.supersession import Answer, ask, refuse_superseded
 from vmrewind.vmconfig.model import VmConfig
 
@@ -83,6 +84,17 @@ class Planner:
         """The VM's repository, if it has one that can be reached now."""
         return self.answer.repository
 
+    @property
+    def _strange(self) -> bool:
+        """Whether there is a repository that cannot be reached, and that is not where the VM's history was last seen to be."""
+        url = self.config.protection.repository
+        return self.repository is None and url is not None and not is_where_it_was(self.paths, url)
+
+    def _matching_base(self, image: Image, vm_uuid: str) -> str | None:
+        if self._strange:
+            return None
+        return matching_base(self.paths, self.repository, image.target, vm_uuid, image.identity())
+
     @classmethod
     def of(
         cls,
@@ -112,7 +124,9 @@ class Planner:
         vm_uuid = self.vm_uuid()
         if self.repository is not None:
             self.repository.register(vm_uuid)
-            forget_shipped_elsewhere(self.journal, self.repository.repository.id)
+            repository = self.repository.repository
+            forget_shipped_elsewhere(self.journal, repository.id)
+            note_repository(self.paths, repository.url, repository.id)
         past = self._past()
         refuse_superseded(self.config.name, self.answer, self.journal, self.paths, past.position, self.say, self.events)
         # The host's clock may have been set back since: runs are ordered by their ids, so a later one must have a greater one.
@@ -129,7 +143,7 @@ class Planner:
                     self._check_size(image, past, vm_uuid)
                 image.extend()
                 continuous = self._continues(image, past)
-                base = matching_base(self.paths, self.repository, image.target, vm_uuid, image.identity())
+                base = self._matching_base(image, vm_uuid)
                 if image.target in backup:
                     base = self._make_base(image, vm_uuid, "a backup was asked for")
                 wanted = self.config.protection.repository is not None
@@ -248,9 +262,7 @@ class Planner:
             known = info.disk(image.target)
             if known is None:
                 continue
-            if known.size != image.size and matching_base(
-                self.paths, self.repository, image.target, vm_uuid, image.identity()
-            ) is None:  # fmt: skip
+            if known.size != image.size and self._matching_base(image, vm_uuid) is None:
                 raise ImageError(
                     f"{image.path}: {image.size} bytes, but the base and history of {image.target} are of {known.size} bytes",
                     f"if it was resized on purpose, run `vmrewind backup {self.config.name}`: its history goes on from there",
@@ -296,7 +308,7 @@ class Planner:
 
     def _stands(self, image: Image, past: Past) -> bool:
         """Whether the disk's history can be gone on from here without a new base."""
-        if past.position is None or not run_path(self.journal, past.position.run).exists():
+        if past.position is None or not run_path(self.journal, past.position.run).exists() or self._strange:
             return False
         return goes_on(self.journal, self.repository, past.runs, past.position, image.target, image.size)
 
