@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,3 +101,48 @@ def write_changes(ready: dict[str, Any], before: bytes, after: bytes, target: st
             count += 1
     client.sock.close()
     return count
+
+
+def lvm(path: Path, size: int, logical: Mapping[str, Path]) -> Path:
+    """A physical volume with these images as linear logical volumes of the group ``vg``; labels and metadata as pvcreate and
+    vgcreate, which want block devices, would write them (lvm2's lib/format_text/layout.h)."""
+    extent, data_at = MIB, MIB
+    raw_image(path, size)
+    volumes, place = "", 0
+    for number, (name, image) in enumerate(logical.items()):
+        extents = -(-image.stat().st_size // extent)
+        volumes += (
+            f'{name} {{\nid = "{_lvm_id(number + 10)}"\nstatus = ["READ", "WRITE", "VISIBLE"]\nflags = []\nsegment_count = 1\n'
+            f"segment1 {{\nstart_extent = 0\nextent_count = {extents}\n"
+            f'type = "striped"\nstripe_count = 1\nstripes = [\n"pv0", {place}\n]\n}}\n}}\n'
+        )
+        put(path, data_at + place * extent, image)
+        place += extents
+    text = (
+        f'vg {{\nid = "{_lvm_id(1)}"\nseqno = 1\nformat = "lvm2"\nstatus = ["RESIZEABLE", "READ", "WRITE"]\nflags = []\n'
+        f"extent_size = {extent // 512}\nmax_lv = 0\nmax_pv = 0\nmetadata_copies = 0\nphysical_volumes {{\npv0 {{\n"
+        f'id = "{_lvm_id(2)}"\ndevice = "/dev/sda"\nstatus = ["ALLOCATABLE"]\nflags = []\ndev_size = {size // 512}\n'
+        f"pe_start = {data_at // 512}\npe_count = {(size - data_at) // extent}\n}}\n}}\nlogical_volumes {{\n{volumes}}}\n}}\n"
+        '# made by hand\ncontents = "Text Format Volume Group"\nversion = 1\ncreation_host = "h"\ncreation_time = 1\n'
+    ).encode() + b"\0"
+    area_at, area = 4096, data_at - 4096
+    header = struct.pack("<32sQ", _lvm_id(2).replace("-", "").encode(), size) + struct.pack("<QQQQ", data_at, 0, 0, 0)
+    header += struct.pack("<QQQQ", area_at, area, 0, 0)
+    sector = (struct.pack("<I8s", 32, b"LVM2 001") + header).ljust(512 - 20, b"\0")
+    label = b"LABELONE" + struct.pack("<QI", 1, _lvm_crc(sector)) + sector
+    found = b" LVM2 x[5A%r0N*>" + struct.pack("<IQQ", 1, area_at, area) + struct.pack("<QQII", 512, len(text), _lvm_crc(text), 0)
+    found = found.ljust(508, b"\0")
+    with path.open("r+b") as file:
+        file.seek(512)
+        file.write(label)
+        file.seek(area_at)
+        file.write(struct.pack("<I", _lvm_crc(found)) + found + text)
+    return path
+
+
+def _lvm_id(number: int) -> str:
+    return f"{number:06d}-aaaa-bbbb-cccc-dddd-eeee-ffffff"
+
+
+def _lvm_crc(data: bytes) -> int:
+    return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF

@@ -85,7 +85,10 @@ def test_a_link_that_is_there_already_is_not_followed(tmp_path: Path) -> None:
     (out / "tree" / "ordinary").symlink_to(tmp_path / "outside")
     with pytest.raises(FileError, match="exists already"):
         fetch(content, out)
-    fetch(content, out, overwrite=True)
+    (tmp_path / "elsewhere").mkdir()
+    (out / "tree" / "sub").symlink_to(tmp_path / "elsewhere")
+    fetched = fetch(content, out, overwrite=True)
+    assert b"tree/sub" in dict(fetched.problems) and list((tmp_path / "elsewhere").iterdir()) == []
     assert (tmp_path / "outside").read_bytes() == b"mine"
     assert not (out / "tree" / "ordinary").is_symlink() and (out / "tree" / "ordinary").read_bytes() == b"ordinary"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 from vmrewind.errors import FileError, ImageError, UsageError
@@ -21,12 +20,12 @@ _BACKING_FORMAT: Final = 0xE2792ACA
 
 
 class ImageFile:
-    """A backing file of this host. It is only read, and its history is nobody's: it must not have changed since."""
+    """A backing file of this host, open as long as the command runs. It is read as it is: its history is nobody's."""
 
     def __init__(self, path: str) -> None:
         try:
-            self._file = Path(path).open("rb", buffering=0)
-            self.size = self._file.seek(0, os.SEEK_END)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
             raise ImageError(
                 f"{path}: a disk stands on this backing file, and it cannot be read: {error.strerror}",
@@ -35,7 +34,7 @@ class ImageFile:
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes."""
-        return os.pread(self._file.fileno(), length, offset)
+        return os.pread(self._fd, length, offset)
 
 
 def disks_at(history: History, targets: Sequence[str], position: Position) -> Disks:

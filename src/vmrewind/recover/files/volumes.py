@@ -111,8 +111,9 @@ def _kind_of_fat(head: bytes) -> str:
 class _Logical:
     """A logical volume as blocks."""
 
-    def __init__(self, volume: Any) -> None:
+    def __init__(self, volume: Any, *needed: object) -> None:
         self._volume = volume
+        self._needed = needed  # The library does not keep what it reads from.
         self.size = int(volume.size)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -154,9 +155,11 @@ def _of_group(members: Sequence[Found]) -> Iterator[Found]:
                 f"LVM: group {group.name} has {group.number_of_physical_volumes} physical volumes, {len(members)} of them here"
             )
         return
-    handle.open_physical_volume_files_as_file_objects([Stream(volume.blocks) for volume in members])
+    streams = [Stream(volume.blocks) for volume in members]
+    handle.open_physical_volume_files_as_file_objects(streams)
+    group = handle.get_volume_group()  # The one from before does not know of them.
     for number in range(group.number_of_logical_volumes):
-        logical = _Logical(group.get_logical_volume(number))
+        logical = _Logical(group.get_logical_volume(number), handle, group, streams)
         yield Found(f"{group.name}/{group.get_logical_volume(number).name}", logical, "logical volume", kind_of(logical))
 
 
