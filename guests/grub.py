@@ -45,12 +45,13 @@ initrd (hd0,msdos1)/initrd
 boot
 """
 
-_INIT_SCRIPT = f"""\
+INIT_SCRIPT = f"""\
 yes "written by the guest's kernel" 2>/dev/null | head -c 4096 | head -c 4096 >/tmp/block || exit 1
 for i in $(seq {GUEST_BLOCKS}); do cat /tmp/block; done >/tmp/blocks
 dd if=/tmp/blocks of=/dev/vda2 bs=4096 conv=fsync 2>/tmp/dd || {{ echo "ERR $(cat /tmp/dd)"; exit 1; }}
 echo GUEST WROTE
 """
+"""What the guest does once its kernel runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def grub_disk(path: Path, size_bytes: int = 64 * MIB, append: str = "", cache: P
         _boot_loader(path, work, append)
         environment = (b"# GRUB Environment Block\n" + b"#" * 1024)[:1024]
         (work / "grubenv").write_bytes(environment)
-        _fat(path, work / "grubenv", linux(cache).kernel, initramfs(_INIT_SCRIPT, cache=cache))
+        _fat(path, work / "grubenv", linux(cache).kernel, initramfs(INIT_SCRIPT, cache=cache))
     return GrubDisk(path, _find(path, environment), DATA_START)
 
 

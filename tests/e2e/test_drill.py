@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from guests.grub import grub_disk
-from guests.machine import qemu_command
+from guests.grub import INIT_SCRIPT, grub_disk
+from guests.initramfs import initramfs
+from guests.kernel import linux
+from guests.machine import APPEND, qemu_command
 from guests.protected import VMREWIND, Disk, ProtectedVm, vmrewind
-from vmrewind.errors import SpaceError
+from vmrewind.errors import SpaceError, StartError
 from vmrewind.history.resolve import resolve
 from vmrewind.recover.drill import Wanted
 from vmrewind.recover.drill import drill as drill_it
-from vmrewind.recover.drill_machine import machine_of
+from vmrewind.recover.drill_machine import DrillMachine, machine_of
+from vmrewind.recover.restore import RestoredDisk
 from vmrewind.repository.repository import Repository
 from vmrewind.start.resolve import StoredVm
 
@@ -124,16 +129,57 @@ def test_a_sign_that_never_comes_fails_in_time_and_the_seed_chooses_the_same_mom
 
 
 def test_a_libvirt_domain_boots_in_a_qemu_of_our_own(stored: Stored, scratch: Path) -> None:
-    repository = Repository.open(str(stored.vm.repository)).vm("web")
-    newest = repository.configs()[-1]
-    repository.put_config(newest.time_ns + 1_000_000, "xml", XML)
-    key = repository.configs()[-1].key
-    try:
+    with configured(stored, "xml", XML):
         code, told = drill(stored, scratch, "--at", stored.sound, "--until", "GRUB STARTED", "--seconds", "60")
-    finally:
-        repository.repository.store.delete(key)
     assert code == 0, told
     assert told["left_out"] == ["<interface>", "<hostdev>"]
+
+
+@contextmanager
+def configured(stored: Stored, suffix: str, document: bytes) -> Iterator[None]:
+    """With another configuration as the newest one in the repository."""
+    repository = Repository.open(str(stored.vm.repository)).vm("web")
+    repository.put_config(repository.configs()[-1].time_ns + 1_000_000, suffix, document)
+    key = repository.configs()[-1].key
+    try:
+        yield
+    finally:
+        repository.repository.store.delete(key)
+
+
+@pytest.mark.parametrize("suffix", ["toml", "xml"])
+def test_a_vm_that_boots_by_a_kernel_outside_its_disks(stored: Stored, scratch: Path, suffix: str) -> None:
+    kernel, initrd = linux().kernel, initramfs(INIT_SCRIPT)
+    if suffix == "toml":
+        command = qemu_command(scratch / "serial", kernel, initrd)
+        document = f'[qemu]\ncommand = {json.dumps(command)}\n[[protection.disk]]\ntarget = "vda"\n'.encode()
+    else:
+        boot = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{APPEND}</cmdline></os>"
+        document = XML.replace(b"</os>", boot.encode()).replace(b"sata", b"virtio")
+    with configured(stored, suffix, document):
+        code, told = drill(stored, scratch, "--at", stored.sound, "--until", "GUEST WROTE", "--seconds", "120")
+    assert (code, told["drill"]) == (0, "passed"), told
+
+
+def test_a_machine_that_qemu_refuses_says_nothing_of_the_moment(stored: Stored, scratch: Path) -> None:
+    document = XML.replace(b"machine='q35'", b"machine='none-such'")
+    with configured(stored, "xml", document):
+        done = vmrewind("verify", stored.stored, "--drill", "--at", stored.sound, "--scratch", scratch, check=False)
+    assert done.returncode == StartError.exit_code
+    assert "could not be tried" in done.stderr
+    assert "unsupported machine type" in done.stderr
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_place_in_the_boot_order_is_given_once() -> None:
+    disks = [RestoredDisk(target, Path(target), "raw", 1, 1, "", None) for target in ("vda", "vdb", "vdc")]
+    machine = DrillMachine(
+        ["qemu", "-device", "scsi-hd,drive=vda,bootindex=2"], {"vda": "", "vdb": "nvme", "vdc": "nvme,bootindex=3"}
+    )
+    words = " ".join(machine.with_disks(disks, 9))
+    assert sorted(re.findall(r"drive=(\w+),bootindex=(\d)|bootindex=(\d),drive=(\w+)", words)) == [
+        ("", "", "3", "vdc"), ("vda", "2", "", ""), ("vdb", "1", "", ""),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

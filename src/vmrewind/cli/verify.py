@@ -51,7 +51,7 @@ def verify(
     """Verify what a repository holds: that nothing is missing and, with --data, that every byte is what it was.
 
     Exit code 0: sound; 7: damaged; 5: nothing damaged was found, but not everything could be checked.
-    Of a drill 0: it booted; 1: it did not.
+    Of a drill 0: it booted; 1: it did not; 10: QEMU refused the machine, so it could not be tried.
     """
     options = DrillOptions(at, seed, scratch, until, seconds)
     if drill:

@@ -38,6 +38,7 @@ _CONSOLE_MAX: Final = 1 << 20
 _ASK_SECONDS: Final = 1.0
 """Between two questions to the guest agent."""
 _TAIL_LINES: Final = 15
+_REASON_LINES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,9 @@ def _check_space(history: History, targets: Sequence[str], position: Position, d
 
 
 def _boot(machine: DrillMachine, disks: Sequence[RestoredDisk], wanted: Wanted) -> tuple[bool, str, str]:
-    """(whether the sign came, what was seen, the console)."""
+    """(whether the sign came, what was seen, the console). Raises StartError if QEMU does not take the machine."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with ours, theirs, tempfile.TemporaryFile() as complaints:
         command = machine.with_disks(disks, theirs.fileno())
         # QEMU must not outlive us, whatever ends us.
         guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
@@ -147,20 +148,30 @@ def _boot(machine: DrillMachine, disks: Sequence[RestoredDisk], wanted: Wanted) 
             [*guard, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=complaints,
             pass_fds=(theirs.fileno(),),
             start_new_session=True,
             env=without_credentials(os.environ),
         )
         theirs.close()
         try:
-            return _watch(process, ours, wanted)
+            passed, outcome, console = _watch(process, ours, wanted)
         finally:
             with _uninterrupted():
                 process.kill()
                 process.wait()
                 if process.stdout is not None:
                     process.stdout.close()
+        complaints.seek(0)
+        said = _text(complaints.read(_CONSOLE_MAX))
+    # -9: we ended it.
+    if not passed and not console and process.returncode not in (0, -signal.SIGKILL):
+        reason = "; ".join(said.split("\n")[:_REASON_LINES]).strip("; ") or f"exit code {process.returncode}"
+        raise StartError(
+            f"{command[0]} could not be tried: it refuses the machine before anything runs: {reason}",
+            "that tells nothing of the moment: correct the VM's configuration, or drill on a host that has what it names",
+        )
+    return passed, outcome, console + said
 
 
 def _watch(process: subprocess.Popen[bytes], agent: socket.socket, wanted: Wanted) -> tuple[bool, str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,9 +46,11 @@ class DrillMachine:
         for node in nodes.values():
             command += ["-blockdev", json.dumps(node)]
         command += self.command[1:]
-        for index, target in enumerate(nodes, 1):  # 0 is a -kernel's
+        # 0 is that of QEMU's own ROM for -kernel.
+        free = (number for number in count(1) if str(number) not in _boot_places((*self.command, *self.devices.values())))
+        for target in nodes:
             if device := self.devices.get(target, "virtio-blk-pci"):
-                place = "" if "bootindex" in device else f",bootindex={index}"
+                place = "" if "bootindex" in device else f",bootindex={next(free)}"
                 command += ["-device", f"{device},drive={target}{place}"]
         return command
 
@@ -62,6 +65,11 @@ class DrillMachine:
         command += ["-chardev", f"socket,id=agent,fd={agent_fd}", "-device", "virtio-serial-pci,id=agent-bus"]
         command += ["-device", "virtserialport,bus=agent-bus.0,chardev=agent,name=org.qemu.guest_agent.0"]
         return command
+
+
+def _boot_places(words: Iterable[str]) -> set[str]:
+    """The places in the boot order that a command line gives away itself."""
+    return {value for word in words for name, _, value in (part.partition("=") for part in word.split(",")) if name == "bootindex"}
 
 
 def machine_of(document: bytes, suffix: str, origin: str) -> DrillMachine:
