@@ -15,6 +15,8 @@ import pytest
 from guests.protected import vmrewind
 from tests import file_systems as fs
 from tests.e2e.test_start_after import SIZE, Alone
+from vmrewind.errors import UsageError
+from vmrewind.recover.files import client
 
 MIB = 1 << 20
 LARGE = random.Random(1).randbytes(300_000)
@@ -236,3 +238,28 @@ def write_inside(directory: Path, ready: dict[str, Any], before: bytes, after: b
             (directory / f"piece-{at}").write_bytes(after[at : at + fs.BLOCK])
             words += ["-c", f"write -s {directory}/piece-{at} {at} {fs.BLOCK}"]
     subprocess.run(["qemu-io", "-f", "qcow2", ready["disks"]["vda"]["uri"], *words, "-c", "flush"], check=True, capture_output=True)
+
+
+def test_a_backing_file_is_read_and_missed(tmp_path: Path) -> None:
+    backing = fs.ext(tmp_path / "backing.raw", 12 * MIB, make_source(tmp_path / "source", EARLIER))
+    alone = Alone(tmp_path, "qcow2")
+    alone.image.unlink()
+    words = ["-f", "qcow2", "-F", "raw", "-b", str(backing), str(alone.image)]
+    subprocess.run(["qemu-img", "create", "-q", *words], check=True)
+    with alone.serving() as ready:
+        uri = ready["disks"]["vda"]["uri"]
+        place = backing.read_bytes().index(LARGE[:1024])
+        subprocess.run(["qemu-io", "-f", "qcow2", uri, "-c", f"write -P 7 {place} 1024"], check=True, capture_output=True)
+        told("get", alone.config, "--at", "latest", "/", tmp_path / "out", "-r")
+        assert (tmp_path / "out" / "etc" / "passwd").read_bytes() == EARLIER
+        assert (tmp_path / "out" / "large.bin").read_bytes() == b"\7" * 1024 + LARGE[1024:]
+        backing.rename(tmp_path / "elsewhere")
+        refused = vmrewind("ls", alone.config, "--at", "latest", "/", check=False)
+        assert refused.returncode == 4 and str(backing) in refused.stderr
+
+
+def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_LIBRARIES", ("pytsk3", "no_such_library"))
+    with pytest.raises(UsageError, match="no_such_library not installed") as told:
+        client.require_libraries()
+    assert "vmrewind[files]" in told.value.hint

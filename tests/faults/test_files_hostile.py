@@ -129,8 +129,13 @@ def test_names_are_shown_without_what_a_terminal_obeys() -> None:
     assert os.fsencode(as_json(name)) == name
 
 
-def test_the_reader_can_open_nothing_and_dies_alone(tmp_path: Path) -> None:
+def test_the_reader_can_open_nothing_and_dies_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Held(small(tmp_path))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame")
+    # Where files are fetched to, a guest may have put what looks like a module.
+    monkeypatch.chdir(tmp_path)
+    for module in ("ctypes", "resource", "msgspec", "pytsk3", "xxhash"):
+        Path(f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     seen: list[str] = []
     with Reader() as reader:
         process = Path("/proc") / str(reader.pid)
@@ -141,6 +146,9 @@ def test_the_reader_can_open_nothing_and_dies_alone(tmp_path: Path) -> None:
         assert "NoNewPrivs:\t1" in seen[0]
         if os.geteuid() == 0:
             assert "Uid:\t65534\t65534\t65534\t65534" in seen[0] and "Groups:\t \n" in seen[0]
+        assert not (tmp_path / "ran").exists()
+        if os.geteuid() == 0:
+            assert b"sesame" not in (process / "environ").read_bytes()
         image.on_read = lambda: os.kill(reader.pid, signal.SIGSEGV)
         with pytest.raises(FileError, match="exit code -11"):
             list(reader.content(volume.name, reader.lookup(volume.name, b"/tree/ordinary").inode))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from vmrewind.recover.files import wire
 
 _SILENCE_SECONDS: Final = 300.0
 """A library that neither answers nor reads for so long hangs in what a guest wrote."""
+_ENVIRONMENT: Final = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH")
 _LIBRARIES: Final = ("pytsk3", "pyfsext", "pyfsxfs", "pyvslvm")
 
 _A = TypeVar("_A", wire.Volume, wire.Entry, wire.Details, wire.Extents, wire.Piece, wire.Trace)
@@ -62,8 +64,10 @@ class Reader:
         self._disks: Disks = {}
         self._sock, theirs = socket.socketpair()
         self._sock.settimeout(_SILENCE_SECONDS)
-        command = [sys.executable, "-m", "vmrewind.recover.files.reader", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-P", "-m", "vmrewind.recover.files.reader", str(theirs.fileno())]
+        # Not the repository's credentials and passphrases: what a guest wrote may take that process over.
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
         self._decoder = msgspec.msgpack.Decoder(wire.FromReader)
         self.pid = self._process.pid
