@@ -166,3 +166,26 @@ class TestSeaweedFS(Outage):
 
 class TestCeph(Outage):
     KIND = Ceph
+
+
+def test_a_vm_that_stops_while_its_repository_is_away_says_what_is_left_to_carry(tmp_path: Path) -> None:
+    vm = writer_vm(tmp_path, "web", pause_ms=50, kib=64, ship="auto", journal_size="64MiB", size_bytes=64 << 20)
+    away = vm.repository.with_name("away")
+    try:
+        vm.start()
+        vm.wait_for("ACK 5\n")
+        vm.repository.rename(away)
+        vm.wait_for("ACK 20\n")
+        assert vm.quit() == 0
+    finally:
+        vm.kill()
+    ended = next(event for event in vm.events() if event["event"] == "ship.ended")
+    found = vm.status()
+    assert found["state"] == "stopped"
+    assert found["ship"]["unsent_bytes"] == ended["unsent_bytes"] >= 10 << 16
+    assert found["ship"]["lag_seconds"] > 0
+    assert any("bytes are not in the repository: `vmrewind ship on web`" in problem for problem in found["problems"])
+    away.rename(vm.repository)
+    vmrewind("ship", "on", "web")
+    found = vm.status()
+    assert (found["ship"]["unsent_bytes"], found["ship"]["lag_seconds"], found["problems"]) == (0, 0.0, [])

@@ -19,6 +19,7 @@ from vmrewind.journal.runs import Position
 from vmrewind.repository.directory import DirectoryStore
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship import carrier
+from vmrewind.ship.meter import unsent
 from vmrewind.ship.shipper import Shipper
 
 BOTH = ("vda", "vdb")
@@ -513,3 +514,25 @@ def test_a_put_that_fails_before_or_after_its_object_is_there_loses_and_doubles_
     for disk in (0, 1):
         assert shipped(place.vm, 7, disk) == written.of(disk)
         assert covered(place.vm, 7, disk) == [(1, written.truth[-1].seq)]
+
+
+def test_what_a_stopped_vm_has_not_shipped_is_counted_by_disk(place: Place) -> None:
+    written = WrittenJournal(place.journal)
+    written.describe()
+    written.batch([(fmt.Op.WRITE, 0, b"x" * 8192), (fmt.Op.WRITE, 1, b"y" * 409_600)])
+    assert (left := unsent(VM, place.journal, ("vda",))) is not None
+    assert left.counted and left.unsent_bytes == 8192
+    shipper = place.drain(("vda",))
+    assert unsent(VM, place.journal, ("vda",)) is None
+    written.batch([(fmt.Op.WRITE, 1, b"y" * 409_600)])
+    assert unsent(VM, place.journal, ("vda",)) is None, "another disk's records are nobody's lag"
+    written.batch([(fmt.Op.WRITE, 0, b"x" * 20_480), (fmt.Op.DISCARD, 0, b"z" * 4096)])
+    assert (left := unsent(VM, place.journal, ("vda",))) is not None
+    assert left.unsent_bytes == 20_480 and "20480 bytes are not in the repository: `vmrewind ship on" in left.words()
+    # Switched on since ship noted what it carried: what it noted of vda says nothing of both, so vda's first record counts again.
+    assert (left := unsent(VM, place.journal, BOTH)) is not None
+    assert left.unsent_bytes == 847_872
+    place.drain(BOTH, shipper)
+    assert unsent(VM, place.journal, BOTH) is None
+    (place.journal / "shipped.json").unlink()
+    assert (left := unsent(VM, place.journal, BOTH)) is not None, "not known to be there is not there"

@@ -42,7 +42,8 @@ class Carrier:
         self._due_at: float | None = None
         self._since = time.monotonic()
         self._passed_time_ns: int | None = None
-        self._behind = True
+        self.behind = True
+        """Whether the last pull left anything in the journal."""
 
     def pull(self, payload_max: int = PAYLOAD_MAX) -> Pulled | Hole:
         """Read on until one of the reasons to stop; ``payload_max`` bytes make a segment full.
@@ -52,7 +53,7 @@ class Carrier:
         self.gathered.payload_max = payload_max
         pulled = self._read()
         self._select()
-        self._behind = pulled not in (Pulled.WAITING, Pulled.DONE)
+        self.behind = pulled not in (Pulled.WAITING, Pulled.DONE)
         return pulled
 
     @property
@@ -60,7 +61,7 @@ class Carrier:
         """Time of the oldest record that is not handed over, as far as it is known; None without one."""
         if self.gathered.oldest_time_ns is not None:
             return self.gathered.oldest_time_ns
-        return self._passed_time_ns if self._behind else None
+        return self._passed_time_ns if self.behind else None
 
     def _read(self) -> Pulled | Hole:
         read_bytes = 0

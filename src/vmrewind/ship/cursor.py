@@ -112,17 +112,6 @@ class Cursor:
             self._segment.close()
             self._segment = None
 
-    def remaining_bytes(self) -> int:
-        """Roughly how much of the journal lies ahead: whole segments count, the last one's content does not."""
-        ahead = self._listed(self._number + 1) if self._number else []
-        if not ahead:
-            return 0
-        try:
-            size = ahead[0].path.stat().st_size
-        except FileNotFoundError:
-            return 0
-        return len(ahead) * size - self._position
-
     @property
     def _name(self) -> str:
         return f"segment {fmt.segment_name(self._run, self._number)}"

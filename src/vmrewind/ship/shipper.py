@@ -28,7 +28,7 @@ from vmrewind.ship.cursor import Hole
 from vmrewind.ship.descriptions import Descriptions
 from vmrewind.ship.events import declare_hole, declare_superseded
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
-from vmrewind.ship.meter import Meter, noted_starts
+from vmrewind.ship.meter import Meter, Start, noted_starts
 from vmrewind.ship.pace import Pace
 from vmrewind.ship.plan import Plan, make_plan
 from vmrewind.ship.sender import Sender
@@ -94,13 +94,13 @@ class Shipper:
         ``hurry``: send what is there although it is not due. Raises VmrewindError and OSError.
         """
         self.held_back = False
+        self._disks_known = disks
         if self._vm is None:
             self._connect()
         runs_seen = self._runs_version()
         if disks != self._disks or runs_seen != self._runs_seen:
             self._finish_live()
             self._disks, self._runs_seen = disks, runs_seen
-            self._disks_known = disks
             self._replan()
         wait_seconds = QUIET_POLL_SECONDS
         if self._plan.live_now or not self._plan.backlog:
@@ -130,6 +130,8 @@ class Shipper:
         """Forget everything but how far shipping is: the repository's list tells the rest."""
         self._sender.abandon()
         self._sending = None
+        if self._meter is not None and self._meter.sent_bytes:
+            self._meter = None
         for carrier in (self._live, self._backlog):
             if carrier is not None:
                 carrier.cursor.release()
@@ -147,9 +149,10 @@ class Shipper:
         self._noted = carried, runs
         path = self._journal / "shipped.json"
         temporary = path.with_name(".shipped.json.tmp")
+        disks = sorted(self._disks)
         word = {key: {run_name(run): seq for run, seq in seqs.items()} for key, seqs in (("runs", runs), ("carried", carried))}
         repository = self._vm.repository.id if self._vm is not None else None
-        content = json.dumps({"repository": repository, **word}).encode()
+        content = json.dumps({"repository": repository, "disks": disks, **word}).encode()
         # Without a sync: an old word, or none, makes capture keep more than it must, never less.
         with contextlib.suppress(OSError):
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -307,7 +310,9 @@ class Shipper:
         name, data = gathered.encode(self._name, self._uuid(carrier.entry.run))
 
         def landed() -> None:
-            self._sending = self._meter = None
+            self._sending = None
+            if self._meter is not None:
+                self._meter.sent_bytes += gathered.payload_bytes
             self._coverage.add(name.run, name.mask, name.first, name.last)
             self._shipped_time_ns = max(gathered.last_time_ns, self._shipped_time_ns or 0)
 
@@ -331,40 +336,41 @@ class Shipper:
 
     def progress(self) -> Progress:
         """How far shipping is, now. Raises CorruptionError and OSError if the journal cannot be read."""
-        starts = self._unsent_starts() if self._runs else noted_starts(self._journal)
+        starts = self._unsent_starts() if self._runs else noted_starts(self._journal, self._disks_known)
         if not starts:
             return Progress(None, None, self._shipped_time_ns, None, None)
-        run, first = starts[-1]
-        if self._vm is None or self._sender.waits:
+        carriers = [carrier for carrier in (self._backlog, self._live) if carrier is not None]
+        lacking = [*([self._sending] if self._sending is not None else []), *(carrier.gathered for carrier in carriers)]
+        unsent_bytes = sum(gathered.payload_bytes for gathered in lacking)
+        times = [carrier.oldest_time_ns for carrier in carriers]
+        times += [self._sending.oldest_time_ns] if self._sending is not None else []
+        oldest = min((time_ns for time_ns in times if time_ns is not None), default=None)
+        lag_seconds = 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
+        if self._caught_up:
+            self._meter = None
+        else:
             # It may take long: what it leaves behind is counted, once, and then what is added.
-            if self._meter is None or self._meter.starts != starts:
+            if self._meter is None or (self._vm is None and self._meter.starts != starts):
                 self._meter = Meter(self._journal, starts)
             self._meter.read()
-            unsent_bytes, lag_seconds = self._meter.unsent_bytes, self._meter.lag_seconds
-        else:
-            unsent_bytes, lag_seconds = self._estimate()
-        return Progress(run, first - 1, self._shipped_time_ns, unsent_bytes, round(lag_seconds, 1))
+            unsent_bytes = max(unsent_bytes, self._meter.unsent_bytes)
+            lag_seconds = lag_seconds if carriers else self._meter.lag_seconds
+        return Progress(starts[-1].run, starts[-1].first - 1, self._shipped_time_ns, unsent_bytes, round(lag_seconds, 1))
 
-    def _unsent_starts(self) -> list[tuple[int, int]]:
-        """(run, first seq that is not known to be in the repository) of every run with something left; the newest is the last."""
-        newest = max(self._runs)
-        reached = self._reached(self._disks_known)
-        if reached.get(newest, SEQ_MAX) == SEQ_MAX:
-            return []  # it has none of the disks
-        return [(run, seq + 1) for run, seq in sorted(reached.items()) if seq != SEQ_MAX and run in self._runs]
+    @property
+    def _caught_up(self) -> bool:
+        """Whether everything that was in the journal at the last look is sent or gathered."""
+        away = self._vm is None or self._sender.waits
+        return not (away or self.held_back or self._plan.backlog or self._live is None or self._live.behind)
 
-    def _estimate(self) -> tuple[int, float]:
-        """(bytes, seconds) of lag from what is gathered and how much of the journal lies ahead."""
-        carriers = [carrier for carrier in (self._backlog, self._live) if carrier is not None]
-        times = [carrier.oldest_time_ns for carrier in carriers]
-        unsent_bytes = sum(carrier.gathered.payload_bytes + carrier.cursor.remaining_bytes() for carrier in carriers)
-        if self._sending is not None:
-            times.append(self._sending.oldest_time_ns)
-            unsent_bytes += self._sending.payload_bytes
-        begun = {carrier.entry.run for carrier in carriers}
-        for run in {entry.run for entry in self._plan.backlog} - begun:
-            for file in segment_files(self._journal, run):
-                with contextlib.suppress(FileNotFoundError):
-                    unsent_bytes += file.path.stat().st_size
-        oldest = min((time_ns for time_ns in times if time_ns is not None), default=None)
-        return unsent_bytes, 0.0 if oldest is None else max(0.0, (time.time_ns() - oldest) / 1e9)
+    def _unsent_starts(self) -> list[Start]:
+        """What is not known to be in the repository of every run with something left; the newest is the last."""
+        starts = []
+        for run in sorted(self._held | {max(self._runs)}):
+            if (info := self._runs.get(run)) is not None:
+                disks = [disk.index for disk in info.disks if disk.target in self._disks_known]
+                reached = {index: self._coverage.reached(run, index, info.first_seq) for index in disks}
+                if firsts := {index: seq + 1 for index, seq in reached.items() if seq != SEQ_MAX}:
+                    starts.append(Start(run, firsts))
+        # Else the newest has none of the disks.
+        return starts if starts and starts[-1].run == max(self._runs) else []

@@ -22,6 +22,7 @@ from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
+from vmrewind.ship.meter import unsent
 from vmrewind.start.bases import Progress
 from vmrewind.start.children import CLEAN, ResyncChild, ShipChild, listen
 from vmrewind.start.fallback import begun
@@ -31,7 +32,7 @@ from vmrewind.start.places import make_places
 from vmrewind.start.plan import Plan, Planner
 from vmrewind.start.processes import Keeping, Process
 from vmrewind.start.serving import Deaths, Serving, Storage
-from vmrewind.start.wanted import write_wanted
+from vmrewind.start.wanted import read_wanted, write_wanted
 from vmrewind.vmconfig.model import VmConfig
 
 _SHIP_RESTART_SECONDS: Final = 0.2
@@ -341,4 +342,12 @@ class Keeper:
             # A repository that hangs must not hold up the VM's stop. What is not carried yet follows at the next start.
             self._ship.abandon()
             ending = "abandoned: the repository does not answer"
-        self.events.write("ship.ended", ending=ending)
+        self.events.write("ship.ended", ending=ending, unsent_bytes=await asyncio.to_thread(self._unsent_bytes))
+
+    def _unsent_bytes(self) -> int | None:
+        """What the run leaves to be carried; None if the journal does not tell."""
+        try:
+            left = unsent(self.paths.name, self.storage.journal, read_wanted(self.paths))
+        except (CorruptionError, OSError):
+            return None
+        return left.unsent_bytes if left is not None else 0

@@ -15,11 +15,12 @@ from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
 from vmrewind.paths import state_root
+from vmrewind.ship.meter import unsent
 from vmrewind.ship.status import status as ship_status
 from vmrewind.start.control import instruct
 from vmrewind.start.processes import ROLES, Process, running
 from vmrewind.start.resolve import VmHandle
-from vmrewind.start.wanted import read_wanted
+from vmrewind.start.wanted import carried_disks, read_wanted
 
 
 def known_vms() -> list[str]:
@@ -96,6 +97,8 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             problems.append(f"{target}: history has a gap since {since}, until the next protected start resyncs it: {cause}")
     elif runs:
         problems.append("the last run did not end cleanly: the next start finishes its journal and makes a new base")
+    if keeping is None and config is not None:
+        _ask_journal(handle, carried_disks(handle.paths, config.protection), result)
     if (handle.journal / RESTORE_PENDING).exists():
         problems.append("a restore in place was interrupted: run it again to complete it")
     return result
@@ -109,6 +112,19 @@ def _ask_capture(handle: VmHandle, result: dict[str, Any]) -> None:
         return
     result["capture"].pop("ok")
     result["last_record"] = {key: result["capture"][key] for key in ("run", "seq", "time_ns")}
+
+
+def _ask_journal(handle: VmHandle, disks: list[str], result: dict[str, Any]) -> None:
+    """What a stopped VM's ship has left behind."""
+    try:
+        left = unsent(handle.name, handle.journal, disks)
+    except (CorruptionError, OSError) as error:
+        result["problems"].append(f"whether the repository has everything cannot be known: {error}")
+        return
+    if disks:
+        result["ship"] |= {"unsent_bytes": left.unsent_bytes if left else 0, "lag_seconds": left.lag_seconds if left else 0.0}
+    if left is not None:
+        result["problems"].append(left.words())
 
 
 def _process(process: Process | None, role: str, problems: list[str]) -> dict[str, Any] | None:

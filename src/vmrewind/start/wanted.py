@@ -8,6 +8,7 @@ from typing import Final
 from vmrewind.errors import UsageError
 from vmrewind.journal.runs import write_durably
 from vmrewind.paths import VmPaths
+from vmrewind.vmconfig.model import Protection
 
 UNCHANGED: Final = -1
 """A limit: what it is now."""
@@ -20,6 +21,13 @@ def read_wanted(paths: VmPaths) -> list[str]:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         # Damaged: ship takes it for nothing as well, and the next start writes it anew.
         return []
+
+
+def carried_disks(paths: VmPaths, protection: Protection) -> list[str]:
+    """The disks whose history belongs in the repository, by target, whether or not anybody carries it now."""
+    if protection.repository is None:
+        return []
+    return read_wanted(paths) or ([disk.target for disk in protection.disk] if protection.ship == "auto" else [])
 
 
 def _read_limit(paths: VmPaths) -> int | None:
