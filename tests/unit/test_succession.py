@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tests.history_tools import UUID, VM
@@ -105,3 +106,27 @@ def test_a_damaged_description_of_an_own_takeover_is_had_from_the_repository(tmp
         repository.put_run(info)
     run_path(journal, TB.run).write_text("damaged")
     assert look(repository, journal, tmp_path) is None
+
+
+def test_a_rewind_behind_the_takeover_gives_nothing_up() -> None:
+    rewound = replace(run(7, "b", (1, 5)), claim=5)
+    known = {info.run: info for info in (A1, A2, TB, B1, rewound)}
+    assert choose_run(known, None) == 7, "from the repository alone the owner's newest run is meant, wherever it hangs"
+    assert asked("b", [A1, A2, TB, B1, rewound], []) is None
+    who = asked("a", [A1, A2], [TB, B1, rewound], end=20)
+    assert who is not None and who.run == 5
+    unknowing = run(9, "a", (2, 25))
+    assert choose_run(known | {9: unknowing}, None) == 7
+
+
+def test_a_host_with_a_journal_means_its_own_runs() -> None:
+    known = {info.run: info for info in (A1, A2, TB, B1)}
+    assert choose_run(known, None, {1, 2}) == 2
+    assert choose_run(known, None, {1, 2, 5, 6}) == 6
+    assert choose_run(known, None) == 6
+
+
+def test_claim_and_configuration_are_kept_in_the_description_and_only_there_where_they_are(tmp_path: Path) -> None:
+    told = replace(B1, claim=5, config="abc")
+    assert RunInfo.from_json(told.to_json(), "x") == told
+    assert b"claim" not in A1.to_json() and b"config" not in A1.to_json()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from tests.history_tools import UUID, VM, MadeHistory
 from tests.unit.test_stored_vm import Command
@@ -262,3 +263,51 @@ def test_the_command_says_what_was_taken_lost_and_is_missing_and_what_comes_next
         assert words in told
     status = vmrewind("status", VM)
     assert status[0] == 0 and str(tmp_path / "b" / VM / "vda.raw") in status[1]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is cleaned up behind it."""
+
+
+def interrupted(made: MadeHistory, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A takeover that was killed when its images were there and the repository did not know of it."""
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("vmrewind.recover.takeover.register", kill)
+        taken(made, images)
+    assert (images / VM / "vda.raw").exists() and not any(info.takeover for info in made.repository.runs())
+
+
+def test_a_takeover_that_goes_on_after_the_repository_did_takes_the_newest_moment(
+    made: MadeHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(made, tmp_path / "b", monkeypatch)
+    made.ship(made.run, 5, 5)
+    done = taken(made, tmp_path / "b")
+    check(made, done, 5)
+    assert done.known_until_ns == made.times[5]
+
+
+def test_a_takeover_that_goes_on_after_another_one_comes_behind_it(
+    made: MadeHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(made, tmp_path / "b", monkeypatch)
+    here = VmPaths(VM).state
+    here.rename(tmp_path / "away")
+    other = taken(made, tmp_path / "c")
+    here.rename(tmp_path / "c-state")
+    (tmp_path / "away").rename(here)
+    done = taken(made, tmp_path / "b")
+    assert done.run > other.run and done.position.run == other.run
+
+
+def test_its_own_branch_s_configuration_and_not_the_newest(made: MadeHistory, tmp_path: Path) -> None:
+    info = made.infos[made.run]
+    (run_path := made.repository_path / f"vms/{VM}/runs/{made.run:016x}.json").unlink()
+    made.repository.put_run(replace(info, config=xxhash.xxh3_64_hexdigest(TOML.encode())))
+    assert run_path.exists()
+    made.repository.put_config(made.times[2], "toml", TOML.replace("# by hand", "# another host's").encode())
+    assert "# by hand" in taken(made, tmp_path / "b").config.read_text()

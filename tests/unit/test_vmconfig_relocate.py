@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -104,3 +105,26 @@ def test_a_toml_file_keeps_all_else(tmp_path: Path, inline: bool) -> None:
     assert config.protection.disk[1].device == "scsi-hd" and config.qemu is not None and config.qemu.command == ["x", "-m", "1"]
     assert config.uuid == "6d1b4a86-58f0-4c32-a4a7-0d7d2a9ac3c1" and config.protection.repository == URL
     assert b"# why" in made and "journal" not in tomllib.loads(made.decode())["protection"]
+
+
+def test_files_of_a_direct_vm_that_are_not_here_are_named_whether_absolute_or_not(tmp_path: Path) -> None:
+    command = [
+        "qemu-system-x86_64",
+        "-kernel",
+        "vmlinuz",
+        "-drive",
+        "if=none,file=/old/a.iso,id=x",
+        "-fw_cfg",
+        "name=opt/x,file=fw.bin",
+    ]
+    command += ["-monitor", "unix:/run/m.sock,server=on", "-pidfile", "/run/pid", "-name", "plain"]
+    (tmp_path / "vda.raw").touch()
+    text = (
+        f'name = "web01"\n[qemu]\ncommand = {json.dumps(command)}\n[protection]\nenabled = true\nrepository = "/r"\n'
+        f'[[protection.disk]]\ntarget = "vda"\nimage = "{tmp_path}/vda.raw"\n'
+    )
+    path = tmp_path / "web01.toml"
+    path.write_text(text)
+    assert absent_files(load_toml(path)) == ["/old/a.iso", "fw.bin", "vmlinuz"]
+    path.write_text(text.replace(f"[qemu]\ncommand = {json.dumps(command)}\n", ""))
+    assert absent_files(load_toml(path)) == []

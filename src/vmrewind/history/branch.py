@@ -62,14 +62,15 @@ def merge_runs(*sources: Iterable[RunInfo]) -> dict[int, RunInfo]:
 def choose_run(runs: Mapping[int, RunInfo], wanted: str | None, described_here: Container[int] = ()) -> int:
     """The run that a branch is chosen by: a unique prefix of its id, or the newest run; raises VmStateError, MomentError.
 
-    The newest counts unless it is another host's (not in ``described_here``): one that was taken over from may have started once
-    more without knowing, so then it is the newest of those that descend from the newest takeover.
+    On a host that has a journal of the VM it is the newest of those ``described_here``: what another host made of the VM since is
+    that one's. Elsewhere the newest of the host that took the VM over last: one that was taken over from may have started once more
+    without knowing.
     """
     if not runs:
         raise VmStateError("the VM has no history yet", "start it protected once")
     if wanted is None:
-        newest = max(runs)
-        return newest if newest in described_here else max(runs, key=lambda run: (last_takeover(runs, run), run))
+        ours = [run for run in runs if run in described_here]
+        return max(ours) if ours else owners_run(runs)
     # Ids begin with zeroes; nobody wants to type those.
     found = [run for run in runs if run_name(run).startswith(wanted) or run_name(run).lstrip("0").startswith(wanted)]
     if len(found) != 1:
@@ -77,6 +78,11 @@ def choose_run(runs: Mapping[int, RunInfo], wanted: str | None, described_here: 
         problem = "fits several runs" if found else "fits no run"
         raise MomentError(f"branch {wanted!r} {problem}", f"runs: {known}")
     return found[0]
+
+
+def owners_run(runs: Mapping[int, RunInfo]) -> int:
+    """The newest run of the host that took the VM over last; the newest of all if nobody ever did."""
+    return max(runs, key=lambda run: (last_takeover(runs, run), run))
 
 
 def lineage(runs: Mapping[int, RunInfo], run: int) -> list[int]:
@@ -90,8 +96,8 @@ def lineage(runs: Mapping[int, RunInfo], run: int) -> list[int]:
 
 
 def last_takeover(runs: Mapping[int, RunInfo], run: int) -> int:
-    """The newest takeover that a run is or descends from, 0 without one."""
-    return max((at for at in lineage(runs, run) if runs[at].takeover), default=0)
+    """The newest takeover that a run is, descends from, or was begun by a host that went on from it; 0 without one."""
+    return max((max(at if runs[at].takeover else 0, runs[at].claim) for at in lineage(runs, run)), default=0)
 
 
 def branch_of(runs: Mapping[int, RunInfo], run: int, cut: int | None = None) -> Branch:

@@ -99,6 +99,10 @@ class RunInfo:
     gaps: Mapping[str, Discontinuity] = field(default_factory=dict)
     takeover: bool = False
     """Whether the run stands for a takeover: from it on the VM belongs to the host that made it (history/succession.py)."""
+    claim: int = 0
+    """The newest takeover that the run's host went on from, 0 for none. The parent need not tell: a rewind goes back behind it."""
+    config: str = ""
+    """XXH3-64 of the VM's configuration, hex; empty in a takeover's own run."""
 
     def disk(self, target: str) -> DiskInfo | None:
         """The disk called ``target``, None if this run had no such disk."""
@@ -110,8 +114,11 @@ class RunInfo:
         plain["gaps"] = {target: asdict(gap) for target, gap in self.gaps.items()}
         if self.parent is not None:
             plain["parent"]["run"] = run_name(self.parent.run)
-        if not self.takeover:
-            del plain["takeover"]  # what is described already must not be described in another way
+        for key in ("takeover", "claim", "config"):
+            if not plain[key]:
+                del plain[key]  # what is described already must not be described in another way
+        if self.claim:
+            plain["claim"] = run_name(self.claim)
         return _sealed(plain)
 
     @classmethod
@@ -131,6 +138,8 @@ class RunInfo:
                 bases=plain["bases"],
                 gaps={target: Discontinuity(**gap) for target, gap in plain["gaps"].items()},
                 takeover=bool(plain.get("takeover", False)),
+                claim=int(plain.get("claim", "0"), 16),
+                config=str(plain.get("config", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(

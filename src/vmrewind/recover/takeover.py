@@ -18,8 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import xxhash
+
 from vmrewind.capture.recovery import recover
 from vmrewind.errors import CorruptionError, ImageError, RepositoryError, UsageError, VmrewindError, VmStateError
+from vmrewind.history.branch import Branch, Leg
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal.events import EventLog
@@ -141,6 +144,9 @@ def take_over(
     with stopped(journal):
         refuse_half_restored(repository.name, journal)
         note = _noted(journal, images / repository.name, at)
+        if note is not None and _is_out_of_date(repository, note, branch):
+            _begin_anew(note, journal, say)
+            note = None
         if note is None:
             with _partial(images, repository.name) as partial:
                 note = _restore(repository, partial, images / repository.name, at, branch, configuring, progress)
@@ -190,6 +196,41 @@ def _noted(journal: Path, directory: Path, at: str | None) -> _Note | None:
             f"move {note.directory} away, and run it again",
         )
     return note
+
+
+def _is_out_of_date(repository: VmRepository, note: _Note, branch: str | None) -> bool:
+    """Whether the repository has gone on since the note was written: what it says is not the moment to take over any more.
+
+    One that is registered counts: other hosts go by it already.
+    """
+    with History.open(repository.name, None, repository) as history:
+        if history.problem is not None:
+            raise history.problem
+        if note.info.run in history.runs:
+            return False
+        if any(run > note.info.run for run in history.runs):
+            return True
+        chosen = history.branch(branch)
+        return note.at is None and resolve(history, chosen, "latest", chosen.targets) != _parent(note)
+
+
+def _begin_anew(note: _Note, journal: Path, say: Callable[[str], None]) -> None:
+    """Remove what a takeover of a former moment restored; its images are as it left them."""
+    say(f"the repository has gone on since {note.directory} was restored: restoring it anew")
+    (journal / TAKEOVER_PENDING).unlink()
+    sync_directory(journal)
+    for identity in note.images.values():
+        Path(identity.path).unlink()
+    (note.directory / note.config).unlink(missing_ok=True)
+    try:
+        note.directory.rmdir()
+    except OSError as error:
+        raise UsageError(f"{note.directory}: holds other files as well", "move it away, and run the takeover again") from error
+
+
+def _known_until(history: History, branch: Branch) -> int:
+    """Time of the last record of the branch that the repository has."""
+    return max(i.last.time_ns for target in branch.targets for i in history.coverage(target, branch).intervals[-1:])
 
 
 def _identity(path: Path) -> ImageIdentity | None:
@@ -263,12 +304,11 @@ def _restore(
                     "restore the disk (vmrewind restore --output), put its backing file where it belongs, and make one image of "
                     "the two (qemu-img convert)",
                 )
-        known_until_ns = max(
-            interval.last.time_ns for target in chosen.targets for interval in history.coverage(target, chosen).intervals[-1:]
-        )
+        known_until_ns = _known_until(history, chosen)
         restored = restore(history, chosen.targets, position, partial, progress)
         final = {disk.target: directory / disk.path.name for disk in restored.disks}
-        stored = _config_at(repository, position.time_ns)
+        legs = history.branch_of_run(position.run).legs
+        stored = _config_of(repository, legs, position.time_ns)
         config = configuring.write(repository.config(stored), stored.suffix, final, partial)
         configured = {disk.target for disk in configuring.load(partial / config).protection.disk}
         if configured != set(final):
@@ -282,21 +322,27 @@ def _restore(
             identity = _identity(made.path)
             assert identity is not None, "it was just restored"
             identities[made.target] = replace(identity, path=str(final[made.target]))
-        legs = history.branch_of_run(position.run).legs
         before = [leg.info for leg in legs]
         info = takeover_run(source, position, final, history.runs)
     return _Note(directory, at, config, known_until_ns, info, before, identities)
 
 
-def _config_at(repository: VmRepository, time_ns: int) -> ConfigName:
-    """The configuration that the VM had at a time."""
-    name = repository.config_at(time_ns)
-    if name is None:
+def _config_of(repository: VmRepository, legs: Sequence[Leg], time_ns: int) -> ConfigName:
+    """The configuration of the newest of the runs that tells which it had; else that of the time, or the first for times before.
+
+    Not simply the newest: another host may have put its own since, on another branch.
+    """
+    names = repository.configs()
+    if not names:
         raise RepositoryError(
             f"{repository.repository.url}: holds no configuration of {repository.name}",
             "restore its disks (vmrewind restore --output) and write the configuration by hand",
         )
-    return name
+    wanted = next((leg.info.config for leg in reversed(legs) if leg.info.config), None)
+    for name in reversed(names) if wanted is not None else ():
+        if xxhash.xxh3_64_hexdigest(repository.config(name)) == wanted:
+            return name
+    return next((name for name in reversed(names) if name.time_ns <= time_ns), names[0])
 
 
 def _give_name(partial: Path, note: _Note) -> None:

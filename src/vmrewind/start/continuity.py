@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from vmrewind.errors import CorruptionError
+from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import ObjectCache, ShippedSource
 from vmrewind.journal import format as fmt
@@ -42,7 +42,9 @@ def goes_on(
         base = info.bases.get(target)
         if base is not None:
             return repository is None or base in repository.bases(target)
-        if target in info.gaps and not gap_closed(journal, run, disk.index, last):
+        if target in info.gaps and not (
+            gap_closed(journal, run, disk.index, last) or _gap_closed_there(repository, shipped, run, disk.index, last)
+        ):
             return False
         if info.parent is None:
             return False
@@ -93,15 +95,15 @@ def gap_closed(journal: Path, run: int, disk: int, last: int) -> bool:
     return False
 
 
-def _gap_closed_there(repository: VmRepository | None, shipped: list[SegmentName], run: int, disk: int) -> bool:
+def _gap_closed_there(repository: VmRepository | None, shipped: list[SegmentName], run: int, disk: int, last: int) -> bool:
     """The same of a run whose segments are not here: it ran on another host, or was recycled."""
     if repository is None:
         return False
     cache = ObjectCache()
     sources = [ShippedSource(repository, name, cache) for name in shipped if name.run == run and name.carries(disk)]
     try:
-        return RunRecords(run, [], sources, []).gap_closed(disk, 0, (1 << 64) - 1) is not None
-    except CorruptionError:
+        return RunRecords(run, [], sources, []).gap_closed(disk, 0, last) is not None
+    except (CorruptionError, RepositoryError):
         return False
 
 

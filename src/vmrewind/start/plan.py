@@ -16,9 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from vmrewind.capture.image import Image
 from vmrewind.capture.recovery import recover
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, MomentError, RepositoryError, VmStateError
+from vmrewind.history.branch import last_takeover
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
@@ -175,8 +178,16 @@ class Planner:
             disks=tuple(image.info for image in images),
             bases=bases,
             gaps=gaps,
+            claim=self._claim(past),
+            config=xxhash.xxh3_64_hexdigest(self.config.document.encode()),
         )
         return Plan(info, identities, resync)
+
+    def _claim(self, past: Past) -> int:
+        """The newest takeover that this host goes on from."""
+        known = {info.run: info for info in (*(self.answer.others or ()), *past.runs)}
+        ours = {info.run for info in past.runs} | ({past.position.run} if past.position is not None else set())
+        return max((last_takeover(known, run) for run in ours), default=0)
 
     def refuse_pending_restore(self) -> None:
         """Raise VmStateError if the images are between two moments, or between two hosts."""

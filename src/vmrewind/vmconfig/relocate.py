@@ -101,9 +101,16 @@ def _on_file(text: str, image: Path, where: str, target: str) -> str:
     return etree.tostring(disk, encoding="unicode")
 
 
+_FILE_OPTIONS: Final = ("-kernel", "-initrd", "-bios", "-cdrom", "-dtb", "-pflash", "file", "filename")
+"""Options of QEMU, and keys in their values, behind which a file is named."""
+
+
 def absent_files(config: VmConfig) -> list[str]:
-    """Files that a configuration names beside the protected disks, and that are not on this host."""
-    named = _named_by_command(config) if config.qemu is not None else _named_by_domain(config.document.encode())
+    """Files that a configuration names beside the protected disks, and that are not on this host; relative ones, not here."""
+    if config.qemu is not None:
+        named = _named_by_command(config)
+    else:
+        named = _named_by_domain(config.document.encode()) if config.origin == "libvirt" else iter(())
     return sorted({path for path in named if not Path(path).exists()})
 
 
@@ -111,10 +118,13 @@ def _named_by_command(config: VmConfig) -> Iterator[str]:
     assert config.qemu is not None, "asked for a direct VM"
     previous = ""
     for word in config.qemu.command:
+        key = previous if previous in _FILE_OPTIONS else ""
         for piece in re.split(r"[,=]", word):
             # What QEMU makes itself is not missed.
-            if piece.startswith("/") and "unix:" not in word and previous not in ("-pidfile", "-D"):
+            named = piece.startswith("/") or (key in _FILE_OPTIONS and piece and ":" not in piece)
+            if named and "unix:" not in word and previous not in ("-pidfile", "-D"):
                 yield piece
+            key = piece
         previous = word
 
 
