@@ -34,6 +34,11 @@ def test_rewound_behind_its_takeover_the_vm_is_still_the_new_host_s(tmp_path: Pa
     assert latest[0] == 1 and latest[MIB] == 0 and latest[3 * MIB] == 4
     vmrewind("restore", stored, "--at", "latest", "--output", tmp_path / "alone-out")
     assert (tmp_path / "alone-out" / "vda.raw").read_bytes() == latest
+    # The first host means what it knows itself, and says whose the VM is now.
+    monkeypatch.setenv("VMREWIND_STATE_DIR", str(tmp_path / "state"))
+    own = vmrewind("restore", first.config, "--at", "latest", "--output", tmp_path / "own")
+    assert "has the VM now: --branch" in own.stderr
+    assert (tmp_path / "own" / "vda.raw").read_bytes() == first.image.read_bytes()
     # Failback, by a host that never saw any of it.
     monkeypatch.setenv("VMREWIND_STATE_DIR", str(first_state))
     back = json.loads(vmrewind("takeover", stored, "--images", tmp_path / "c", "--json").stdout)

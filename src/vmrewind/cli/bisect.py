@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 from cyclopts import Parameter
 
 from vmrewind.cli.drill import ending_by_signals
+from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.restore import chosen_disks
 from vmrewind.errors import UsageError, VmrewindError
 from vmrewind.history.history import History
@@ -63,8 +64,7 @@ def bisect(
         raise UsageError("--scratch is for --writable", "leave it out, or add --writable")
     found = open_any(vm)
     with found.history() as history, ending_by_signals():
-        if history.problem is not None:
-            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        tell_notices(history, branch)
         chosen = history.branch(branch)
         targets = chosen_disks(found.name, disk, chosen.targets)
         one, other = (resolve(history, chosen, moment, targets) for moment in (from_, to))

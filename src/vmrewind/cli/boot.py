@@ -17,6 +17,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from vmrewind.cli.drill import ending_by_signals
+from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError
 from vmrewind.history.moments import FORMS, format_time
@@ -75,8 +76,7 @@ def boot(
         print(f"vmrewind: {message}", file=sys.stderr, flush=True)
 
     with found.history() as history, ending_by_signals():
-        if history.problem is not None:
-            say(f"the repository is left out: {history.problem}")
+        tell_notices(history, branch, say)
         chosen = history.branch(branch)
         position = resolve(history, chosen, at, chosen.targets)
         info = history.runs[position.run]

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.restore import chosen_disks
 from vmrewind.errors import UsageError
 from vmrewind.history.bookmarks import kind_of
@@ -50,8 +51,7 @@ def export(
     if socket is not None and path.exists():
         raise UsageError(f"{path}: exists already", "name a socket that is not there yet, or remove it if nobody listens")
     with found.history() as history:
-        if history.problem is not None:
-            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        tell_notices(history, branch)
         chosen = history.branch(branch)
         targets = chosen_disks(found.name, disk, chosen.targets)
         position = resolve(history, chosen, at, targets)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.restore import chosen_disks
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
@@ -56,8 +57,7 @@ def chosen(vm: str, branch: str | None) -> Iterator[Chosen]:
     argument, disk = split_disk(vm)
     found = open_any(argument)
     with found.history() as history:
-        if history.problem is not None:
-            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        tell_notices(history, branch)
         line = history.branch(branch)
         yield Chosen(found.name, history, line, chosen_disks(found.name, [disk] if disk else None, line.targets))
 

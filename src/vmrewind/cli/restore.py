@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError, VmStateError
 from vmrewind.history.bookmarks import kind_of
@@ -49,8 +49,7 @@ def restore(
     found = open_any(vm)
     own = on_this_host(found, "restored in place") if in_place else None
     with found.history() as history:
-        if history.problem is not None:
-            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        tell_notices(history, branch)
         chosen = history.branch(branch)
         targets = chosen_disks(found.name, disk, chosen.targets)
         begun = pending(own.journal) if own is not None else None

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.filesize import decimal
 
+from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.progress import byte_progress
 from vmrewind.cli.restore import chosen_disks, images_of, on_this_host, report
 from vmrewind.history.bookmarks import kind_of
@@ -41,8 +42,7 @@ def rewind(
     """
     own = on_this_host(open_any(vm), "rewound")
     with own.history() as history:
-        if history.problem is not None:
-            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        tell_notices(history, branch)
         chosen = history.branch(branch)
         targets = chosen_disks(own.name, disk, chosen.targets)
         position = resolve(history, chosen, to, targets)

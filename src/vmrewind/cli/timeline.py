@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
@@ -13,6 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from vmrewind.cli.notices import tell_notices
 from vmrewind.history.activity import Flush, JournalEvent, Writes, events, writes
 from vmrewind.history.activity import flushes_before as last_flushes
 from vmrewind.history.bookmarks import as_bookmark
@@ -52,8 +52,7 @@ def timeline(
     """Show what can be restored, when the guest wrote how much, starts, stops, bookmarks, and gaps with their causes."""
     handle = open_any(vm)
     with handle.history() as history:
-        if history.problem is not None:
-            print(f"the repository is left out: {history.problem}", file=sys.stderr)
+        tell_notices(history, branch)
         chosen = history.branch(branch)
         now = history.opened_ns
         coverages = [history.coverage(target, chosen) for target in chosen.targets]

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from vmrewind.errors import CorruptionError, MomentError, RepositoryError, VmrewindError
-from vmrewind.history.branch import Branch, branch_of, choose_run, merge_runs
+from vmrewind.history.branch import Branch, branch_of, choose_run, last_takeover, merge_runs, owners_run
 from vmrewind.history.coverage import Coverage, cover
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ObjectCache, ShippedSource, open_journal
@@ -158,6 +158,15 @@ class History:
             ):
                 return branch_of(self.runs, head.position.run, cut=head.position.seq)
         return branch_of(self.runs, choose_run(self.runs, wanted, self._described_here))
+
+    @property
+    def elsewhere(self) -> RunInfo | None:
+        """The newest run of another host that has the VM now, as far as is known; None on a host without a journal of the VM."""
+        if not self._described_here or not self.runs:
+            return None
+        run = owners_run(self.runs)
+        ours = max((last_takeover(self.runs, at) for at in self._described_here & self.runs.keys()), default=0)
+        return self.runs[run] if last_takeover(self.runs, run) > ours else None
 
     def branch_of_run(self, run: int) -> Branch:
         """The branch that ends with a run; raises MomentError for an unknown one."""
