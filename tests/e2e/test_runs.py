@@ -115,6 +115,22 @@ def test_everything_killed_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
 
 
+def test_a_stop_that_leaves_records_behind_says_so(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    with writer_vm(tmp_path, "behind") as vm:
+        vm.start()
+        vm.wait_for("^ACK 3$")
+        repository.rename(tmp_path / "away")
+        last = max(acknowledged(vm.console.text()))
+        vm.wait_for(f"^ACK {last + 3}$")
+        vm.quit()
+        said = vm.output.read_text()
+        assert "in the repository: `vmrewind ship on behind` carries it" in said
+        (tmp_path / "away").rename(repository)
+        vmrewind("ship", "on", vm.config)
+        assert vm.status()["problems"] == []
+
+
 def test_another_size_than_the_bases_is_refused_until_a_backup_is_made(tmp_path: Path) -> None:
     image = tmp_path / "vda.raw"
     with writer_vm(tmp_path, "grown") as vm:

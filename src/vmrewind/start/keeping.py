@@ -72,6 +72,7 @@ class Keeper:
         self._server_pid: int | None = None
         self._lock = -1
         self._noting_again: asyncio.TimerHandle | None = None
+        self._unsent: int | None = 0
 
     @property
     def bases(self) -> dict[str, str]:
@@ -231,6 +232,17 @@ class Keeper:
         protected = serving is not None and serving.server is None
         return Keeping(self.run_name, self.mode, own, **processes, trouble=trouble, protected=protected)
 
+    @property
+    def left_behind(self) -> str | None:
+        """After the end: in words, what of the run the repository does not have, None if it has all."""
+        if self._unsent == 0:
+            return None
+        what = "what" if self._unsent is None else f"{self._unsent} bytes that"
+        return (
+            f"{self.paths.name}: {what} it wrote {'may not be' if self._unsent is None else 'are not'} in the repository: "
+            f"`vmrewind ship on {self.paths.name}` carries it; do so before another host takes it over"
+        )
+
     # -- keeping
 
     async def _persist(self, what: str, work: Callable[[], Awaitable[T]]) -> T:
@@ -342,7 +354,8 @@ class Keeper:
             # A repository that hangs must not hold up the VM's stop. What is not carried yet follows at the next start.
             self._ship.abandon()
             ending = "abandoned: the repository does not answer"
-        self.events.write("ship.ended", ending=ending, unsent_bytes=await asyncio.to_thread(self._unsent_bytes))
+        self._unsent = await asyncio.to_thread(self._unsent_bytes)
+        self.events.write("ship.ended", ending=ending, unsent_bytes=self._unsent)
 
     def _unsent_bytes(self) -> int | None:
         """What the run leaves to be carried; None if the journal does not tell."""
