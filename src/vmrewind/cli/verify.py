@@ -26,7 +26,10 @@ from vmrewind.start.resolve import parse_stored
 _AGE: Final = re.compile(r"(\d{1,6})([hd])", re.ASCII)
 _SHOWN_MAX: Final = 4
 """Lines of affected moments for one finding."""
-_WORDS: Final = {Kind.DAMAGE: "DAMAGED", Kind.UNCHECKED: "not checked", Kind.GAP: "gap", Kind.NOTE: "note"}
+_WORDS: Final = {Kind.DAMAGE: "DAMAGED", Kind.UNCHECKED: "not checked", Kind.OVERDUE: "OVERDUE", Kind.GAP: "gap", Kind.NOTE: "note"}
+_OUTCOMES: Final = {Kind.DAMAGE: "damaged", Kind.UNCHECKED: "incomplete", Kind.OVERDUE: "overdue"}
+"""The first that was found says it."""
+_EXIT_CODES: Final = {"damaged": CorruptionError.exit_code, "incomplete": RepositoryError.exit_code, "overdue": 20, "sound": 0}
 
 
 def verify(
@@ -50,7 +53,8 @@ def verify(
 ) -> int:
     """Verify what a repository holds: that nothing is missing and, with --data, that every byte is what it was.
 
-    Exit code 0: sound; 7: damaged; 5: nothing damaged was found, but not everything could be checked.
+    Exit code 0: sound; 7: damaged; 5: nothing damaged was found, but not everything could be checked; 20: neither, but
+    records are not there that should have been carried long ago, or that were deleted.
     Of a drill 0: it booted; 1: it did not; 10: QEMU refused the machine, so it could not be tried.
     """
     options = DrillOptions(at, seed, scratch, until, seconds)
@@ -81,7 +85,7 @@ def verify(
         raise RepositoryError(
             f"{repository.url}: there is no VM called {vm!r}", f"vmrewind list {repository.url} shows which there are"
         )
-    outcome = "damaged" if counts[Kind.DAMAGE] else "incomplete" if counts[Kind.UNCHECKED] else "sound"
+    outcome = next((word for kind, word in _OUTCOMES.items() if counts[kind]), "sound")
     if json:
         print(json_module.dumps(_summary(repository, parts, counts, outcome)))
     else:
@@ -89,7 +93,7 @@ def verify(
             _show_part(part, data=data)
         told = ", ".join(f"{counts[kind]} {kind.value}" for kind in Kind if counts[kind]) or "nothing found"
         print(f"{repository.url}: {outcome} ({told})")
-    return {"damaged": CorruptionError.exit_code, "incomplete": RepositoryError.exit_code, "sound": 0}[outcome]
+    return _EXIT_CODES[outcome]
 
 
 def _again_ns(*, data: bool, everything: bool, older_than: str | None) -> int:

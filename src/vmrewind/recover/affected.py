@@ -49,8 +49,9 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class KnownEnd:
-    """A run goes on from record ``seq``. ``carried``: it needs that, and has segments; ship carries its parent's before them."""
+    """``child`` goes on from record ``seq``. ``carried``: it needs that, and has segments; its parent's are carried before them."""
 
+    child: RunInfo
     seq: int
     carried: bool
 
@@ -100,8 +101,12 @@ class Tree:
                 continue
             carried = target not in child.bases and bool(self.segments(child.run, disk.index))
             if known is None or (carried, child.parent.seq) > (known.carried, known.seq):
-                known = KnownEnd(child.parent.seq, carried)
+                known = KnownEnd(child, child.parent.seq, carried)
         return known
+
+    def first_follower_ns(self, run: int) -> int | None:
+        """When the first run began that goes on from a run: it has ended by then; None if there is none."""
+        return min((child.start_time_ns for child in self._children.get(run, ())), default=None)
 
     def _end(self, run: int) -> int:
         """Seq of the last record that a run is known to have had: by its segments, and by the runs that go on from it; 0: none."""

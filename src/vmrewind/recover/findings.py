@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from vmrewind.recover.affected import Affected
 
+PUT_BACK: Final = "put it back from another copy of the repository, if there is one"
+NEW_BASE: Final = f"{PUT_BACK}; else vmrewind backup, at the VM's next stop, begins a history that does not need it"
+STORE_ANEW: Final = "a backup of a disk that still holds that piece stores it anew; in an object store, remove that object first"
+
 
 class Kind(StrEnum):
-    """What a finding means. Only ``DAMAGE`` and ``UNCHECKED`` make a verification fail."""
+    """What a finding means. ``GAP`` and ``NOTE`` leave a repository sound."""
 
     DAMAGE = "damage"
     """Something is wrong, or missing, that history needs."""
     UNCHECKED = "unchecked"
     """The store could not be asked: nothing is known."""
+    OVERDUE = "overdue"
+    """Records that ship should have carried long ago, or that were deleted: the names do not tell which."""
     GAP = "gap"
-    """Records that the repository never had, for a reason that is known."""
+    """Records that the repository never had, or has yet to get, for a reason that is known."""
     NOTE = "note"
     """Nothing that a moment depends on."""
 

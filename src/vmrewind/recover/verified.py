@@ -22,6 +22,7 @@ from vmrewind.paths import state_root
 
 _COMMIT_EVERY: Final = 256
 """Objects between two commits: so many are read again after a crash."""
+_DOUBT: Final = -1
 _TABLE: Final = (
     "CREATE TABLE IF NOT EXISTS objects (key TEXT PRIMARY KEY, size INTEGER, read_ns INTEGER, checksum TEXT) WITHOUT ROWID"
 )
@@ -33,6 +34,11 @@ class Known:
 
     size: int
     read_ns: int
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it was not right when it was read last."""
+        return self.read_ns == _DOUBT
 
 
 class Verified:
@@ -79,7 +85,7 @@ class Verified:
     def doubt(self, key: str, size: int) -> None:
         """Note that an object is not right: it is to be read again, and the size that it had when it was seen first stays."""
         known = self.get(key)
-        self._put(key, size if known is None else known.size, 0)
+        self._put(key, size if known is None else known.size, _DOUBT)
 
     def _put(self, key: str, size: int, read_ns: int) -> None:
         self._change("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?)", key, size, read_ns, _checksum(key, size, read_ns))

@@ -17,10 +17,10 @@ from typing import Final
 from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.recover.affected import Tree
 from vmrewind.recover.contents import Problem, check_segment, whole_segment_lost
-from vmrewind.recover.findings import Finding, Kind, Part
+from vmrewind.recover.findings import NEW_BASE, PUT_BACK, STORE_ANEW, Finding, Kind, Part
 from vmrewind.recover.restore import Progress
 from vmrewind.recover.verified import Verified
-from vmrewind.recover.verify_vm import NEW_BASE, PUT_BACK, STORE_ANEW, Found, Structure, VmObjects
+from vmrewind.recover.verify_vm import Found, Structure, VmObjects
 from vmrewind.repository import layout
 from vmrewind.repository.chunks import CHUNK_SIZE
 from vmrewind.repository.directory import DirectoryStore
@@ -132,14 +132,15 @@ class Verification:
         part = Part(name)
         repository = self._repository.vm(name)
         with self._asking(name, layout.vm_prefix(name)):
-            sizes = dict(self._store.list(layout.vm_prefix(name)))
-            # In no order: what came while it was listed may stand there without what came before it.
-            sizes |= dict(self._store.list(layout.segment_prefix(name)))
-            vm = VmObjects(repository, sizes)
+            # Segments first: what they need was put before them, so the second listing has it. Each is in no order: of what
+            # came while it was made it may show a segment without the one before.
+            first = dict(self._store.list(layout.segment_prefix(name)))
+            sizes = first | dict(self._store.list(layout.vm_prefix(name)))
+            late = frozenset(key for key in sizes.keys() - first.keys() if layout.parse_segment_key(name, key) is not None)
+            vm = VmObjects(repository, sizes, late=late)
             if not sizes and not any(True for _ in self._known.keys(layout.vm_prefix(name))):
                 return part
-            gone = [key for key in self._known.keys(layout.vm_prefix(name)) if key not in sizes]
-            vm.gone = [segment for key in gone if (segment := layout.parse_segment_key(name, key)) is not None]
+            vm.gone_keys = gone = [key for key in self._known.keys(layout.vm_prefix(name)) if key not in sizes]
             findings: list[Finding] = []
             Structure(vm, findings.append, self._progress).check(self._use)
             tree = vm.tree()
@@ -193,9 +194,9 @@ class Verification:
                 yield name
 
     def _is_due(self, key: str, size: int, part: Part) -> bool:
-        """Whether an object is to be read: with ``data``, unless it was; without, if it is not what it was."""
+        """Whether an object is to be read: with ``data``, unless it was; else if it is not what it was, or is in doubt."""
         known = self._known.get(key)
-        if known is not None and known.size != size:
+        if known is not None and (known.size != size or known.doubtful):
             return True
         self._known.seen(key, size)
         if not self._scope.data:
@@ -253,9 +254,13 @@ class Verification:
                 continue
             packed = bytes.fromhex(chunk_id)
             if self._chunks is not None and packed not in self._chunks:
-                missing.setdefault(packed, index)
-            else:
-                self._used[packed] = manifest.chunk_length(index)
+                # It may have come since they were listed.
+                size = self._store.size(layout.chunk_key(chunk_id))
+                if size is None:
+                    missing.setdefault(packed, index)
+                    continue
+                self._chunks[packed] = size
+            self._used[packed] = manifest.chunk_length(index)
         return list(missing.values())
 
     def _chunk_part(self) -> Part:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from vmrewind.errors import CorruptionError
-from vmrewind.history.rows import between, of_disk
 from vmrewind.journal.format import run_name
-from vmrewind.journal.runs import DiskInfo, RunInfo
-from vmrewind.paths import VmPaths
+from vmrewind.journal.runs import RunInfo
 from vmrewind.recover.affected import Affected, Loss, Tree
-from vmrewind.recover.contents import same_rows, whole_segment_lost
-from vmrewind.recover.findings import Finding, Kind
+from vmrewind.recover.contents import whole_segment_lost
+from vmrewind.recover.elsewhere import Elsewhere
+from vmrewind.recover.findings import NEW_BASE, PUT_BACK, Finding, Kind
 from vmrewind.recover.restore import Progress
+from vmrewind.recover.verify_coverage import Coverage
 from vmrewind.repository import layout
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.repository import VmRepository
-from vmrewind.repository.segment import HEADER, Rows, ShippedSegment
+from vmrewind.repository.segment import HEADER
 
-PUT_BACK: Final = "put it back from another copy of the repository, if there is one"
-NEW_BASE: Final = f"{PUT_BACK}; else vmrewind backup, at the VM's next stop, begins a history that does not need it"
-STORE_ANEW: Final = "a backup of a disk that still holds that piece stores it anew; in an object store, remove that object first"
 _SHOWN_MAX: Final = 20
 """Missing chunks of one base that are named one by one."""
 
@@ -46,8 +42,10 @@ class VmObjects:
     segments: list[SegmentName] = field(default_factory=list)
     bases: list[tuple[str, str]] = field(default_factory=list)
     """(disk, base id)"""
-    gone: list[SegmentName] = field(default_factory=list)
-    """Segments that an earlier verification saw."""
+    late: frozenset[str] = frozenset()
+    """Keys of segments that came while the VM was listed: those before them may not have been seen."""
+    gone_keys: Sequence[str] = ()
+    """Objects that an earlier verification saw."""
     damaged: dict[str, CorruptionError] = field(default_factory=dict)
     """Small objects that are there and damaged."""
 
@@ -60,6 +58,20 @@ class VmObjects:
     def small(self) -> frozenset[str]:
         """The objects that are not segments: each of them is read whole each time."""
         return frozenset(key for key in self.sizes if layout.parse_segment_key(self.name, key) is None)
+
+    @property
+    def gone(self) -> list[SegmentName]:
+        """Segments that an earlier verification saw."""
+        return [name for key in self.gone_keys if (name := layout.parse_segment_key(self.name, key)) is not None]
+
+    @property
+    def late_segments(self) -> list[SegmentName]:
+        """Those that came while the VM was listed."""
+        return [name for key in self.late if (name := layout.parse_segment_key(self.name, key)) is not None]
+
+    def is_missing(self, key: str) -> bool:
+        """Whether an object is not there. What was not listed is asked for: it may have come since. Raises RepositoryError."""
+        return key not in self.sizes and self.repository.repository.store.size(key) is None
 
     @property
     def base_keys(self) -> list[str]:
@@ -115,7 +127,8 @@ class Structure:
                 elif (config := layout.parse_config_key(vm.name, key)) is not None:
                     vm.repository.config(config)
                 elif (name := layout.parse_segment_key(vm.name, key)) is not None:
-                    vm.segments.append(name)
+                    if key not in vm.late:
+                        vm.segments.append(name)
                 elif (base := _base_of(vm.name, key)) is not None:
                     vm.bases.append(base)
                     manifest = vm.repository.base(*base)
@@ -132,6 +145,8 @@ class Structure:
                 done_bytes += vm.sizes[key]
                 self._progress(f"structure of {vm.name}", done_bytes, small_bytes)
         tree = vm.tree()
+        here = {*vm.sizes, *vm.gone_keys}
+        self._elsewhere = Elsewhere(vm.name, vm.runs, here, vm.repository.repository.created_ns)
         self._small_objects(tree)
         self._owner(claims)
         for manifest, chunks in missing:
@@ -152,9 +167,13 @@ class Structure:
 
     def _small_objects(self, tree: Tree) -> None:
         vm = self._vm
-        if layout.vm_key(vm.name) not in vm.sizes:
+        if vm.is_missing(layout.vm_key(vm.name)):
             hint = f"{PUT_BACK}; the VM's next start here writes it anew"
             self._damage(layout.vm_key(vm.name), "missing: it says which VM the name belongs to", hint, tree, ())
+        prefix = layout.config_prefix(vm.name)
+        if vm.runs and not any(key.startswith(prefix) for key in vm.sizes) and not list(vm.repository.configs()):
+            message = "missing: there is no configuration of the VM, without which neither a takeover nor a drill is possible"
+            self._damage(prefix, message, f"{PUT_BACK}; the VM's next start, with shipping on, puts it there anew", tree, ())
         for key, error in vm.damaged.items():
             losses: list[Loss] = []
             more: list[Affected] = []
@@ -189,6 +208,7 @@ class Structure:
 
     def _runs(self, tree: Tree) -> None:
         vm = self._vm
+        coverage = Coverage(vm.repository, tree, self._found, self._elsewhere, gone=vm.gone, late=vm.late_segments)
         for info in vm.runs.values():
             key = layout.run_key(vm.name, info.run)
             if info.parent is not None and info.first_seq != info.parent.seq + 1:
@@ -199,7 +219,14 @@ class Structure:
                 self._damage(key, "is its own ancestor", NEW_BASE, tree, vm.everything())
             for target, base_id in info.bases.items():
                 base_key = layout.base_key(vm.name, target, base_id)
-                if base_key not in vm.sizes:
+                if self._elsewhere.base(target, base_id):
+                    message = (
+                        f"the base of disk {target} of run {run_name(info.run)} is older than this repository: it was never here"
+                    )
+                    affected = tree.affected([Loss(target, info.run, info.first_seq)])
+                    hint = "the repository that the VM had before has it"
+                    self._found(Finding(Kind.GAP, vm.name, base_key, message, hint, affected))
+                elif vm.is_missing(base_key):
                     goes_on = info.parent is not None and target not in info.gaps
                     losses = [] if goes_on else [Loss(target, info.run, info.first_seq)]
                     way_round = ", which can be composed from the runs before it" if goes_on else ""
@@ -211,7 +238,7 @@ class Structure:
                         losses,
                     )
             for disk in info.disks:
-                self._coverage(tree, info, disk)
+                coverage.check(info, disk)
 
     def _in_circle(self, info: RunInfo) -> bool:
         seen = {info.run}
@@ -228,90 +255,17 @@ class Structure:
         vm = self._vm
         key = layout.run_key(vm.name, run)
         followers = [info for info in vm.runs.values() if info.parent is not None and info.parent.run == run]
-        losses = [Loss(d.target, info.run, info.first_seq) for info in followers for d in info.disks if d.target not in info.bases]
-        if key not in vm.damaged and (losses or tree.segments_of(run)):
+        needed = [(info, d.target) for info in followers for d in info.disks if d.target not in info.bases]
+        elsewhere = not tree.segments_of(run) and all(self._elsewhere.history(info, target) for info, target in needed)
+        losses = [Loss(target, info.run, info.first_seq) for info, target in needed]
+        if losses and elsewhere and key not in vm.damaged and key not in vm.gone_keys:
+            message = f"run {run_name(run)}, older than this repository, was never here"
+            hint = "the repository that the VM had before has it"
+            self._found(Finding(Kind.GAP, vm.name, key, message, hint, tree.affected(losses)))
+        elif key not in vm.damaged and (losses or tree.segments_of(run)) and vm.is_missing(key):
             hint = PUT_BACK if tree.segments_of(run) else NEW_BASE
             message = f"missing: the description of run {run_name(run)}, of which there are {len(tree.segments_of(run))} segments"
             self._damage(key, message, hint, tree, losses, tree.undescribed(run))
-
-    # -- what the names cover
-
-    def _coverage(self, tree: Tree, info: RunInfo, disk: DiskInfo) -> None:
-        names = tree.segments(info.run, disk.index)
-        if not names and tree.segments_of(info.run):
-            message = f"no record of disk {disk.target} of run {run_name(info.run)} was carried here"
-            self._found(
-                Finding(Kind.GAP, self._vm.name, layout.run_key(self._vm.name, info.run), message, "vmrewind ship on carries it")
-            )
-            return
-        expected = info.first_seq
-        last: SegmentName | None = None
-        for name in names:
-            if name.first > expected:
-                self._hole(tree, info, disk, expected, name.first - 1)
-            elif last is not None and name.first <= last.last:
-                self._overlap(tree, last, name, disk)
-            expected = max(expected, name.last + 1)
-            last = name if last is None or name.last > last.last else last
-        known = tree.known_end(info.run, disk.target)
-        if known is not None and known.seq >= expected:
-            if known.carried:
-                self._hole(tree, info, disk, expected, known.seq)
-            else:
-                message = f"{_records(expected, known.seq, disk, info)} were not carried here yet"
-                affected = tree.affected([Loss(disk.target, info.run, expected)])
-                self._found(Finding(Kind.GAP, self._vm.name, layout.run_key(self._vm.name, info.run), message, "", affected))
-
-    def _hole(self, tree: Tree, info: RunInfo, disk: DiskInfo, first: int, last: int) -> None:
-        """Records that no object has: those that are known to have vanished are told of by themselves."""
-        vm = self._vm
-        key = layout.run_key(vm.name, info.run)
-        explained: list[tuple[int, int, str]] = [
-            (name.first, name.last, "") for name in self._vm.gone if name.run == info.run and name.carries(disk.index)
-        ]
-        explained += _declared_holes(vm.name, info.run, disk.target)
-        at = first
-        for low, high, cause in sorted(explained):
-            if high < at or low > last:
-                continue
-            if low > at:
-                self._unexplained(tree, info, disk, at, low - 1)
-            at, until = high + 1, min(high, last)
-            if cause:
-                message = f"{_records(max(low, first), until, disk, info)} never came here: {cause}"
-                losses = [Loss(disk.target, info.run, max(low, first))]
-                self._found(Finding(Kind.GAP, vm.name, key, message, "vmrewind backup makes a new base", tree.affected(losses)))
-        if at <= last:
-            self._unexplained(tree, info, disk, at, last)
-
-    def _unexplained(self, tree: Tree, info: RunInfo, disk: DiskInfo, first: int, last: int) -> None:
-        key = f"{layout.segment_prefix(self._vm.name)}{run_name(info.run)}-{first:016x}-…"
-        message = f"missing: {_records(first, last, disk, info)} are in no object"
-        hint = (
-            f"they were deleted, or the journal recycled them before they were carried: then host {info.host} knows of it "
-            f"(vmrewind events: ship.hole) and vmrewind backup makes a new base; else {PUT_BACK}"
-        )
-        self._damage(key, message, hint, tree, [Loss(disk.target, info.run, first)])
-
-    def _overlap(self, tree: Tree, one: SegmentName, other: SegmentName, disk: DiskInfo) -> None:
-        """A put that was given up may have arrived late: then the records are the same."""
-        low, high = other.first, min(one.last, other.last)
-        try:
-            rows = [self._rows(name, disk.index, low, high) for name in (one, other)]
-        except CorruptionError:
-            return  # what is wrong with the object itself is told where its content is read
-        if not same_rows(*rows):
-            message = f"has other records {low} to {high} of disk {disk.target} than {one.key}"
-            losses = [Loss(disk.target, other.run, low)]
-            self._damage(other.key, message, "find out what else ships this VM to this repository", tree, losses)
-
-    def _rows(self, name: SegmentName, disk: int, low: int, high: int) -> Rows:
-        segment = ShippedSegment(lambda offset, length: self._vm.repository.get_segment(name, offset, length), name)
-        return of_disk(between(segment.rows, low, high), disk)
-
-
-def _records(first: int, last: int, disk: DiskInfo, info: RunInfo) -> str:
-    return f"records {first} to {last} of disk {disk.target} of run {run_name(info.run)}"
 
 
 def _base_of(vm: str, key: str) -> tuple[str, str] | None:
@@ -319,20 +273,3 @@ def _base_of(vm: str, key: str) -> tuple[str, str] | None:
     component, _, name = key.removeprefix(f"{layout.vm_prefix(vm)}bases/").partition("/")
     disk, base_id = layout.decode_name(component), name.removesuffix(".json")
     return (disk, base_id) if key == layout.base_key(vm, disk, base_id) else None
-
-
-def _declared_holes(vm: str, run: int, target: str) -> Iterator[tuple[int, int, str]]:
-    """(first, last, cause) of what ship, on this host, could not carry of a run."""
-    try:
-        lines = VmPaths(vm).events(run).read_bytes().splitlines()
-    except (OSError, ValueError):
-        return
-    for line in lines:
-        if b"ship.hole" not in line:
-            continue
-        try:
-            event = json.loads(line)
-            if event["event"] == "ship.hole" and target in event["disks"]:
-                yield int(event["first_seq"]), int(event["last_seq"]), str(event["cause"])
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that a crash cut off

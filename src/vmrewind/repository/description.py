@@ -19,19 +19,20 @@ ENCRYPTION: Final = {"format": 1, "cipher": "aes-256-gcm", "page": 65536}
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A repository's description; ``document`` is the object as it is stored."""
+    """A repository's description; ``document`` is the object as it is stored; ``created_ns`` None if it does not say when."""
 
     id: str
     encrypted: bool
     document: bytes
+    created_ns: int | None
 
 
 def describe(repository_id: str, *, encrypted: bool) -> Description:
     """The description of a new repository."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = datetime.now(UTC).replace(microsecond=0)
     encryption = ENCRYPTION if encrypted else None
-    document = seal({"format": FORMAT, "id": repository_id, "created": created, "encryption": encryption})
-    return Description(repository_id, encrypted, document)
+    document = seal({"format": FORMAT, "id": repository_id, "created": created.isoformat(), "encryption": encryption})
+    return Description(repository_id, encrypted, document, int(created.timestamp()) * 10**9)
 
 
 def parse_description(document: bytes, url: str) -> Description:
@@ -48,7 +49,14 @@ def parse_description(document: bytes, url: str) -> Description:
     repository_id = content.get("id")
     if content.get("format") != FORMAT or not isinstance(repository_id, str):
         raise CorruptionError(f"{origin}: not a repository's description")
-    return Description(repository_id, encryption is not None, document)
+    return Description(repository_id, encryption is not None, document, _time_ns(content.get("created")))
+
+
+def _time_ns(created: object) -> int | None:
+    try:
+        return int(datetime.fromisoformat(str(created)).timestamp()) * 10**9
+    except (ValueError, OverflowError):
+        return None
 
 
 def read_description(store: Store) -> Description:

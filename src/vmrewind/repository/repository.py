@@ -39,6 +39,7 @@ class Repository:
         self.store = store
         self.id = description.id
         self.encrypted = description.encrypted
+        self.created_ns = description.created_ns
         self._keys = keys
         self._document = description.document
         self._probed = False
