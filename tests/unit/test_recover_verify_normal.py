@@ -173,6 +173,12 @@ class TestADiskSwitchedOnLater:
         (finding,) = findings_in(made)
         assert (finding.kind, "records 9 to 21 of disk vdb" in finding.message) == (Kind.GAP, True)
 
+    def test_a_hole_that_the_other_disk_has_too_is_damage(self, tmp_path: Path) -> None:
+        made = two_disks(tmp_path)
+        for first, last, disks in [(1, 8, ["vdb"]), (1, 12, ["vda"]), (17, 21, None)]:
+            made.ship(made.run, first, last, disks)
+        assert {one.disk for finding in damage_of(findings_in(made)) for one in finding.affected} == {"vda", "vdb"}
+
     @pytest.mark.parametrize("lost", ["1-4", "5-8", "17-21"])
     def test_a_hole_elsewhere_is_damage_all_the_same(self, tmp_path: Path, lost: str) -> None:
         made = self.catching_up(tmp_path)
