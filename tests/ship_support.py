@@ -15,6 +15,7 @@ from vmrewind.journal.clock import Clock
 from vmrewind.journal.pool import Recycling, SegmentPool
 from vmrewind.journal.runs import DiskInfo, Position, RunInfo, run_path, write_durably
 from vmrewind.journal.writer import JournalWriter
+from vmrewind.repository import layout
 from vmrewind.repository.repository import VmRepository
 from vmrewind.repository.segment import ShippedSegment
 
@@ -98,6 +99,12 @@ class WrittenJournal:
     def of(self, *indices: int) -> list[Truth]:
         """What must be shipped of these disks."""
         return [record for record in self.truth if record.disk in (*indices, fmt.ALL_DISKS)]
+
+
+def put_bases(vm: VmRepository, *disks: str) -> None:
+    """Something in the place of the bases that a ``WrittenJournal``'s run stands on."""
+    for disk in disks:
+        vm.repository.put(layout.base_key(VM, disk, "base"), b"{}")
 
 
 def shipped(vm: VmRepository, run: int, disk: int) -> list[Truth]:

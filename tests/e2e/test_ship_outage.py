@@ -27,8 +27,11 @@ from vmrewind.journal import format as fmt
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository
 from vmrewind.repository.segment import ShippedSegment
+from vmrewind.ship import status as status_module
 from vmrewind.ship.status import ShipStatus
 from vmrewind.ship.status import status as ship_status
+from vmrewind.start.overview import overview
+from vmrewind.start.resolve import open_vm
 
 OUTAGE_SECONDS = float(os.environ.get("VMREWIND_OUTAGE_SECONDS", "8"))
 KILLS = 10
@@ -168,12 +171,18 @@ class TestCeph(Outage):
     KIND = Ceph
 
 
-def test_a_vm_that_stops_while_its_repository_is_away_says_what_is_left_to_carry(tmp_path: Path) -> None:
+def test_a_vm_that_stops_while_its_repository_is_away_says_what_is_left_to_carry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vm = writer_vm(tmp_path, "web", pause_ms=50, kib=64, ship="auto", journal_size="64MiB", size_bytes=64 << 20)
     away = vm.repository.with_name("away")
     try:
         vm.start()
         vm.wait_for("ACK 5\n")
+        os.kill(of_ship(vm).pid, signal.SIGSTOP)
+        monkeypatch.setattr(status_module, "SILENCE_SECONDS", 1.0)
+        until(lambda: "has not responded" in str(overview(open_vm(str(vm.config)))["problems"]), "the silence's notice")
+        os.kill(of_ship(vm).pid, signal.SIGCONT)
         vm.repository.rename(away)
         vm.wait_for("ACK 20\n")
         assert vm.quit() == 0

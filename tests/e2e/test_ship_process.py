@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.ship_support import VM, WrittenJournal, covered, shipped
+from tests.ship_support import VM, WrittenJournal, covered, put_bases, shipped
 from vmrewind.journal import format as fmt
 from vmrewind.repository.repository import Repository
-from vmrewind.ship.status import ShipStatus, status
+from vmrewind.ship import status as status_module
+from vmrewind.ship.status import ShipStatus, status, status_path
 
 DEADLINE_SECONDS = 60
 
@@ -38,6 +39,7 @@ class Ship:
         self.journal, self.state, self.runtime = root / "journal", root / "vm", root / "run"
         self.url = str(root / "repo")
         self.vm = Repository.init(self.url).vm(VM)
+        put_bases(self.vm, "vda", "vdb")
         self.log = root / "log"
         for path in (self.journal, self.state, self.runtime):
             path.mkdir()
@@ -128,6 +130,25 @@ def test_it_is_idle_until_told_and_again_when_told_to_stop(ship: Ship) -> None:
     assert ship.stop() == 0
     assert ship.vm.segments() == until_then
     assert ship.said() == ""
+
+
+def test_a_ship_that_does_not_respond_is_told_from_one_that_has_nothing_to_say(ship: Ship, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = WrittenJournal(ship.journal)
+    written.describe()
+    ship.carry("vda")
+    process = ship.start()
+    until(lambda: ship.state_is("shipping"))
+    first = ship.status()
+    inode = status_path(ship.runtime).stat().st_ino
+    until(lambda: status_path(ship.runtime).stat().st_ino != inode and ship.status() == first, 3 * status_module.BEAT_SECONDS)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        monkeypatch.setattr(status_module, "SILENCE_SECONDS", 0.5)
+        until(lambda: (found := ship.status()) is not None and found.silent_seconds > 0.5)
+        found = ship.status()
+        assert found is not None and found.lag_seconds is not None and found.lag_seconds >= found.silent_seconds
+    finally:
+        process.send_signal(signal.SIGCONT)
 
 
 def test_idle_costs_next_to_nothing(ship: Ship) -> None:

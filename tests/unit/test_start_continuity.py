@@ -10,7 +10,8 @@ from tests.history_tools import MadeHistory
 from vmrewind.journal import format as fmt
 from vmrewind.journal.closed_gaps import note_gap_closed
 from vmrewind.journal.runs import Discontinuity, Position
-from vmrewind.start.continuity import forget_shipped_elsewhere, goes_on
+from vmrewind.ship.noted import forget_shipped_elsewhere
+from vmrewind.start.continuity import goes_on
 
 
 def history(tmp_path: Path) -> tuple[MadeHistory, Position]:

@@ -32,6 +32,10 @@ _READERS: Final = 8
 T = TypeVar("T", SegmentName, ConfigName)
 
 
+class ReplacedError(RepositoryError):
+    """Another repository is where the one that was opened was."""
+
+
 class Repository:
     """An open repository. Reading needs no more rights than to read; the first write looks whether the store can be trusted."""
 
@@ -135,12 +139,22 @@ class Repository:
         try:
             self.store.put(layout.REPOSITORY, self._document)
         except AlreadyExists:
+            self.confirm()
             self._probed = True
             return
         raise RepositoryError(
             f"{self.url}: the store overwrites an object although it was told not to; history would not be safe there",
             "use a store that honours conditional writes (for S3: If-None-Match on PutObject)",
         )
+
+    def confirm(self) -> None:
+        """Make sure that what is at the URL now is still this repository; raises ReplacedError, RepositoryError if nothing is."""
+        found = read_description(self.store)
+        if found.id != self.id:
+            raise ReplacedError(
+                f"{self.url}: another repository (id {found.id}) is now where the one opened (id {self.id}) was",
+                "if it was made anew on purpose there is nothing to do; if not, bring the right one back",
+            )
 
     def put(self, key: str, data: bytes) -> None:
         """Put an object that may be there already with the same content."""
@@ -202,6 +216,10 @@ class VmRepository:
         content = json.loads(info.to_json())
         del content["xxh3"]  # its file's own; here all of it is sealed
         self.repository.put(layout.run_key(self.name, info.run), seal(content))
+
+    def has_run(self, run: int) -> bool:
+        """Whether a run is described here."""
+        return self._store.size(layout.run_key(self.name, run)) is not None
 
     def runs(self, but: Container[str] = ()) -> list[RunInfo]:
         """Every run described here, oldest first; ``but`` names runs that are not asked for, in the form of ``run_name``."""
@@ -274,6 +292,19 @@ class VmRepository:
     def segments(self) -> list[SegmentName]:
         """The shipped segments, in order of run and first seq."""
         return self._named(layout.segment_prefix(self.name), layout.parse_segment_key)
+
+    def sized_segments(self) -> list[tuple[SegmentName, int]]:
+        """The same, in any order, each with its bytes."""
+        listed = self._store.list(layout.segment_prefix(self.name))
+        return [(name, size) for key, size in listed if (name := layout.parse_segment_key(self.name, key)) is not None]
+
+    def drop_cut_segment(self, name: SegmentName) -> None:
+        """Remove an object that is too short to hold a record; nothing happens to any other, or if there is none."""
+        from vmrewind.repository.segment import HEADER
+
+        size = self._store.size(name.key)
+        if size is not None and size < HEADER.size:
+            self._store.delete(name.key)
 
     def put_segment(self, name: SegmentName, data: bytes) -> None:
         """Put a shipped segment; nothing happens if it is there already with the same records."""

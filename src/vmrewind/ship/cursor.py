@@ -226,3 +226,17 @@ class Cursor:
                 cause = f"the segments before {self._name} were recycled before they were shipped, or are damaged"
             return self._skip_to(self._expected, cause)
         return None
+
+
+def has_records(journal: Path, run: int) -> bool:
+    """Whether the journal holds any record of an ended run; so is damage taken that hides it."""
+    cursor = Cursor(journal, run, 0, growing=False, payloads=False)
+    try:
+        while (found := cursor.read()) is not None:
+            if isinstance(found, Piece):
+                return True
+    except CorruptionError:
+        return True
+    finally:
+        cursor.release()
+    return False

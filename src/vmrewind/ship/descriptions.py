@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 from vmrewind.errors import CorruptionError, VmrewindError
-from vmrewind.journal.runs import RunInfo, described_runs, local_runs
+from vmrewind.journal.reader import segment_files
+from vmrewind.journal.runs import RunInfo, described_runs, local_runs, run_path
 from vmrewind.repository.repository import VmRepository
+from vmrewind.ship.cursor import has_records
 from vmrewind.vmconfig.model import VmConfig
 
 
@@ -31,13 +33,22 @@ class Descriptions:
         damaged: list[CorruptionError] = []
         described = set(described_runs(self._journal))
         found = local_runs(self._journal, damaged.append)
-        if not damaged:
+        held = {file.run for file in segment_files(self._journal)}
+        # The newest one may be about to begin; of any other a description came before the first record.
+        gone = {run for run in held - described if run < max(described, default=0) and has_records(self._journal, run)}
+        missing = (described | gone) - {info.run for info in found}
+        if not missing:
+            self.lost = set()
             return found
-        missing = described - {info.run for info in found}
         copies = [info for info in vm.runs() if info.run in missing]
         self.lost = missing - {info.run for info in copies}
         for error in damaged if self.lost else ():
             self.complain(f"{error}; a run that is not described cannot be shipped")
+        for run in sorted(self.lost & gone):
+            self.complain(
+                f"{run_path(self._journal, run)} is missing and the journal has records of that run; "
+                "a run that is not described cannot be shipped, and its journal is kept as long as there is room"
+            )
         return sorted([*found, *copies], key=lambda info: info.run)
 
     def put(self, vm: VmRepository, runs: tuple[RunInfo, ...]) -> None:

@@ -11,6 +11,7 @@ from vmrewind.history.succession import Successor
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.ship.cursor import Hole
+from vmrewind.ship.status import baseless_words
 
 
 def declare_hole(state: Path, run: int, targets: Iterable[str], hole: Hole) -> None:
@@ -27,6 +28,15 @@ def declare_hole(state: Path, run: int, targets: Iterable[str], hole: Hole) -> N
         flush=True,
     )
     EventLog(path).write("ship.hole", **content)
+
+
+def declare_baseless(state: Path, run: int, repository_id: str, disks: Iterable[str]) -> None:
+    """Write to stderr and to the run's event log that the repository lacks what these disks' history stands on, once for each."""
+    content: dict[str, object] = {"repository": repository_id, "disks": sorted(disks)}
+    path = state / "events" / f"{run_name(run)}.jsonl"
+    if not _declared(path, "ship.baseless", content):
+        print(f"ship: {baseless_words(disks)}", file=sys.stderr, flush=True)  # noqa: T201
+        EventLog(path).write("ship.baseless", **content)
 
 
 def declare_superseded(state: Path, run: int, who: Successor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Batch, segment_files
 from vmrewind.journal.runs import local_runs
 from vmrewind.ship.cursor import Cursor, Hole
+from vmrewind.ship.noted import last_noted
 
 _BATCHES_MAX: Final = 20_000
 """Batches looked at in one go."""
@@ -33,16 +33,6 @@ class Start:
     def first(self) -> int:
         """The first seq that any of the disks lacks; that of the whole VM's records."""
         return min(self.firsts.values())
-
-
-def last_noted(journal: Path, disks: Collection[str]) -> dict[int, int]:
-    """What ship has noted of each run in ``shipped.json``: the seq up to which these disks are carried, or a smaller one."""
-    try:
-        word = json.loads((journal / "shipped.json").read_bytes())
-        known = word["carried" if set(disks) <= set(word["disks"]) else "runs"]
-        return {int(run, 16): int(seq) for run, seq in known.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return {}
 
 
 def noted_starts(journal: Path, disks: Collection[str]) -> list[Start]:

@@ -15,8 +15,20 @@ class Pace:
     """``limit`` in bytes a second, None for none."""
 
     def __init__(self) -> None:
-        self.limit: int | None = None
-        self._free_at = 0.0
+        self._limit: int | None = None
+        self._debt_bytes = 0.0
+        """What was put ahead of its time; the limit pays it off."""
+        self._counted_at = 0.0
+
+    @property
+    def limit(self) -> int | None:
+        """In bytes a second. What was put under another limit is paid off at the new one's rate."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        self._pay()
+        self._limit = limit
 
     def piece_bytes(self, most: int) -> int:
         """Bytes of payload that make a segment full, ``most`` without a limit."""
@@ -24,9 +36,17 @@ class Pace:
 
     def wait_seconds(self) -> float:
         """How long until something may be put."""
-        return 0.0 if self.limit is None else max(0.0, self._free_at - time.monotonic())
+        self._pay()
+        return 0.0 if self._limit is None else self._debt_bytes / self._limit
 
     def spent(self, sent_bytes: int) -> None:
         """Count what is being put: the next waits for as long as the limit gives this one."""
-        if self.limit is not None:
-            self._free_at = max(self._free_at, time.monotonic()) + sent_bytes / self.limit
+        self._pay()
+        if self._limit is not None:
+            self._debt_bytes += sent_bytes
+
+    def _pay(self) -> None:
+        now = time.monotonic()
+        paid_bytes = self._debt_bytes if self._limit is None else self._limit * (now - self._counted_at)
+        self._debt_bytes = max(0.0, self._debt_bytes - paid_bytes)
+        self._counted_at = now

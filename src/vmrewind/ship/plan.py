@@ -67,6 +67,12 @@ def make_plan(runs: Mapping[int, RunInfo], disks: Sequence[str], coverage: Cover
     return Plan(live, (*branch, *others), tuple(runs[run] for run in sorted(wanted)))
 
 
+def bases_needed(runs: Mapping[int, RunInfo], disks: Sequence[str]) -> dict[str, str]:
+    """The base that the newest run's history of each disk stands on; a disk of which that is not known is left out."""
+    _, wanted = _wanted(runs, max(runs), disks) if runs else ({}, {})
+    return {target: runs[run].bases[target] for run, targets in wanted.items() for target in targets if target in runs[run].bases}
+
+
 def _wanted(runs: Mapping[int, RunInfo], newest: int, disks: Sequence[str]) -> tuple[dict[int, int], dict[int, set[str]]]:
     """For each run that the branch needs, from the newest back to where a disk has a base: up to which seq, and for which disks."""
     cuts: dict[int, int] = {}

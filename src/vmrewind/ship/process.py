@@ -175,6 +175,8 @@ class _Process:
                 time.sleep(seconds)
         except (VmrewindError, OSError) as error:
             self._say(f"told to stop with records unsent, they follow at the VM's next start: {_words(error)}")
+            if self._shipper is not None:
+                self._shipper.reset()
             return False
         return True
 
@@ -216,7 +218,7 @@ class _Process:
         self._reporter.write(
             ShipStatus(
                 pid, state, disks, f"{now.run:016x}", now.shipped_seq, now.shipped_time_ns, now.unsent_bytes, now.lag_seconds,
-                self._error or None, limit, self._shipper.superseded,
+                self._error or None, limit, self._shipper.superseded, self._shipper.baseless,
             )
         )  # fmt: skip
 

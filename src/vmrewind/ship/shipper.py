@@ -6,8 +6,6 @@ segment is being put, the next one is read and compressed (sender.py): at most o
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import time
 import uuid
@@ -16,26 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmrewind.errors import CorruptionError
-from vmrewind.history.succession import look
-from vmrewind.journal.format import run_name
+from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RunInfo, run_path
+from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.repository.segment import HEADER
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
 from vmrewind.ship.cursor import Hole
 from vmrewind.ship.descriptions import Descriptions
-from vmrewind.ship.events import declare_hole, declare_superseded
+from vmrewind.ship.events import declare_baseless, declare_hole
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
+from vmrewind.ship.lookout import Lookout
 from vmrewind.ship.meter import Meter, Start, noted_starts
+from vmrewind.ship.noted import forget_shipped_elsewhere, note
 from vmrewind.ship.pace import Pace
-from vmrewind.ship.plan import Plan, make_plan
+from vmrewind.ship.plan import Plan, bases_needed, make_plan
 from vmrewind.ship.sender import Sender
 
 POLL_SECONDS: Final = 0.2
-SUCCESSION_SECONDS: Final = 60.0
-"""How often the repository is asked whether another host has taken the VM over."""
 QUIET_POLL_SECONDS: Final = 1.0
 """How long a journal to which nothing is added is not looked at: no longer than the oldest record may wait to be sent."""
 
@@ -79,14 +77,21 @@ class Shipper:
         self._sender = Sender(meanwhile)
         self._sending: Gathered | None = None
         self.pace = Pace()
-        self.superseded: str | None = None
-        """Who has taken the VM over, in words. Shipping goes on: what this host writes is a branch of its own."""
-        self._succession_at = 0.0
+        self.baseless: tuple[str, ...] = ()
+        """Disks of which the repository has nothing that can be restored, as it lacks their base."""
+        self._lookout = Lookout(journal, state, self._descriptions.complain)
+        self._cut: list[SegmentName] = []
+        """Objects that are too short to hold what their names say."""
         self.held_back = False
         """Whether there is something to do that only the bandwidth limit holds back."""
         self._runs: dict[int, RunInfo] = {}
         self._held: set[int] = set()
         self._noted: tuple[dict[int, int], dict[int, int]] = {}, {}
+
+    @property
+    def superseded(self) -> str | None:
+        """Who has taken the VM over, in words."""
+        return self._lookout.superseded
 
     def step(self, disks: tuple[str, ...], *, hurry: bool = False) -> float:
         """Do what is to be done next for ``disks``; returns for how many seconds there is nothing more to do.
@@ -102,6 +107,8 @@ class Shipper:
             self._finish_live()
             self._disks, self._runs_seen = disks, runs_seen
             self._replan()
+        if self._lookout.due and self._plan.runs:
+            self._look_out()
         wait_seconds = QUIET_POLL_SECONDS
         if self._plan.live_now or not self._plan.backlog:
             wait_seconds = self._step_live(hurry=hurry)
@@ -110,17 +117,18 @@ class Shipper:
         if wait_seconds:
             # Nothing is left to make meanwhile.
             self._sender.settle()
-            self._look_for_a_successor()
         self._note_shipped()
         return wait_seconds
 
     def finish(self) -> None:
         """Send what is gathered for disks that are to be carried no longer, and forget them."""
-        if self._vm is not None:
-            self._finish_live()
-            self._sender.settle()
-            self._note_shipped()
-        self.reset()
+        try:
+            if self._vm is not None:
+                self._finish_live()
+                self._sender.settle()
+                self._note_shipped()
+        finally:
+            self.reset()
 
     def settle(self) -> None:
         """Wait until everything that was sent is durable; raises what the repository raised."""
@@ -140,6 +148,11 @@ class Shipper:
         self._disks = ()
         self._plan = Plan(None, (), ())
         self._descriptions.forget()
+        if self._lookout.lost:
+            # Capture must not let go of anything on the strength of what a repository had that is gone.
+            self._lookout.lost = False
+            self._noted = {}, {}
+            forget_shipped_elsewhere(self._journal, None)
 
     def _note_shipped(self) -> None:
         """Tell capture up to where each run was carried away: what the journal-full policy goes by."""
@@ -147,20 +160,8 @@ class Shipper:
         if not carried or (carried, runs) == self._noted:
             return
         self._noted = carried, runs
-        path = self._journal / "shipped.json"
-        temporary = path.with_name(".shipped.json.tmp")
-        disks = sorted(self._disks)
-        word = {key: {run_name(run): seq for run, seq in seqs.items()} for key, seqs in (("runs", runs), ("carried", carried))}
         repository = self._vm.repository.id if self._vm is not None else None
-        content = json.dumps({"repository": repository, "disks": disks, **word}).encode()
-        # Without a sync: an old word, or none, makes capture keep more than it must, never less.
-        with contextlib.suppress(OSError):
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(fd, content)
-            finally:
-                os.close(fd)
-            temporary.replace(path)
+        note(self._journal, repository, self._disks, runs, carried)
 
     def _reached(self, disks_carried: tuple[str, ...], *, whole: bool = False) -> dict[int, int]:
         """By run: the seq up to which these disks (``whole``: all) are in the repository; SEQ_MAX for a finished run."""
@@ -179,30 +180,22 @@ class Shipper:
         return reached
 
     def _connect(self) -> None:
-        def connected() -> tuple[VmRepository, Coverage]:
+        def connected() -> tuple[VmRepository, list[tuple[SegmentName, int]]]:
             vm = Repository.open(self._url).vm(self._name)
             vm.repository.probe()
-            return vm, Coverage(vm.segments())
+            return vm, vm.sized_segments()
 
-        self._vm, self._coverage = self._sender.run(connected)
-        self._succession_at = 0.0
+        self._vm, segments = self._sender.run(connected)
+        forget_shipped_elsewhere(self._journal, self._vm.repository.id)
+        self._noted = {}, {}
+        self._coverage = Coverage(name for name, size in segments if size >= HEADER.size)
+        self._cut = [name for name, size in segments if size < HEADER.size]
+        for name in self._cut:
+            self._descriptions.complain(
+                f"{self._vm.repository.url}: {name.key} was cut short and holds nothing; it is shipped anew if the journal has it"
+            )
+        self._lookout.begin()
         self._meter = None
-
-    def _look_for_a_successor(self) -> None:
-        """At the first quiet moment of a connection, and then once a minute."""
-        if time.monotonic() < self._succession_at or self._vm is None or not self._runs:
-            return
-        self._succession_at = time.monotonic() + SUCCESSION_SECONDS
-        vm = self._vm
-        try:
-            found = self._sender.run(lambda: look(vm, self._journal, self._state))
-        except CorruptionError as error:
-            # The records are worth more than the question.
-            self._descriptions.complain(f"whether another host has taken the VM over cannot be known: {error}")
-            return
-        self.superseded = None if found is None else found.words()
-        if found is not None:
-            declare_superseded(self._state, max(self._runs), found)
 
     def _runs_version(self) -> int:
         try:
@@ -218,6 +211,7 @@ class Shipper:
         self._plan = make_plan(self._runs, self._disks, self._coverage, self._held)
         vm, runs = self._vm, self._plan.runs
         self._sender.run(lambda: self._descriptions.put(vm, runs))
+        self._look_for_bases(vm)
         if self._backlog is not None:
             self._backlog.cursor.release()
             self._backlog = None
@@ -227,6 +221,18 @@ class Shipper:
             self._live = None
         if self._live is None and live is not None:
             self._live = Carrier(self._journal, live, growing=True)
+
+    def _look_out(self) -> None:
+        vm, newest = self._vm, max(self._runs)
+        assert vm is not None
+        self._sender.run(lambda: self._lookout.look(vm, newest))
+
+    def _look_for_bases(self, vm: VmRepository) -> None:
+        needed = bases_needed(self._runs, self._disks)
+        there = self._sender.run(lambda: {target: vm.bases(target) for target in needed})
+        self.baseless = tuple(sorted(target for target, base in needed.items() if base not in there[target]))
+        if self.baseless:
+            declare_baseless(self._state, max(self._runs), vm.repository.id, self.baseless)
 
     def _step_live(self, *, hurry: bool) -> float:
         carrier = self._live
@@ -301,7 +307,7 @@ class Shipper:
 
     def _send(self, carrier: Carrier) -> None:
         """Begin to put what is gathered as one segment, once the one before is durable."""
-        vm, gathered = self._vm, carrier.gathered
+        vm, gathered, newest = self._vm, carrier.gathered, max(self._runs)
         assert vm is not None
         if not gathered:
             return
@@ -316,10 +322,24 @@ class Shipper:
             self._coverage.add(name.run, name.mask, name.first, name.last)
             self._shipped_time_ns = max(gathered.last_time_ns, self._shipped_time_ns or 0)
 
-        self._sender.start(lambda: vm.put_segment(name, data), landed)
+        def put() -> None:
+            self._lookout.confirm_before_put(vm, newest)
+            self._drop_cut(vm, name)
+            vm.put_segment(name, data)
+
+        self._sender.start(put, landed)
         self._sending = gathered
         self.pace.spent(len(data))
         carrier.next_from(name.last + 1)
+
+    def _drop_cut(self, vm: VmRepository, name: SegmentName) -> None:
+        """Remove what would stand beside a segment, or in its place, and holds nothing: the segment has its records."""
+        for cut in self._cut:
+            if cut.run == name.run and cut.mask & name.mask and cut.first <= name.last and name.first <= cut.last:
+                try:
+                    vm.drop_cut_segment(cut)
+                except RepositoryError as error:
+                    self._descriptions.complain(f"what is left of {cut.key} cannot be removed: {error}")
 
     def _uuid(self, run: int) -> bytes:
         text = next(info.uuid for info in self._plan.runs if info.run == run)

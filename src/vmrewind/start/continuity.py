@@ -7,7 +7,6 @@ inside a segment is found by whoever reads it, not here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +17,7 @@ from vmrewind.history.sources import ObjectCache, ShippedSource
 from vmrewind.journal import format as fmt
 from vmrewind.journal.closed_gaps import gap_noted_closed
 from vmrewind.journal.reader import Segment, records, segment_files
-from vmrewind.journal.runs import Position, RunInfo, sync_directory
+from vmrewind.journal.runs import Position, RunInfo
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.repository import VmRepository
 
@@ -105,23 +104,6 @@ def _gap_closed_there(repository: VmRepository | None, shipped: list[SegmentName
         return RunRecords(run, [], sources, []).gap_closed(disk, 0, last) is not None
     except (CorruptionError, RepositoryError):
         return False
-
-
-def forget_shipped_elsewhere(journal: Path, repository_id: str) -> None:
-    """Take back ship's word of what was carried away unless it is about this repository: what only another one has is not shipped.
-
-    Capture would let go of it. Ship writes the word anew once it has seen what the repository has.
-    """
-    path = journal / "shipped.json"
-    try:
-        told = json.loads(path.read_bytes())["repository"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError):
-        told = None
-    if told != repository_id:
-        path.unlink()
-        sync_directory(journal)
 
 
 def newest_run(runs: Iterable[RunInfo]) -> int:

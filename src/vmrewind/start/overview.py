@@ -16,6 +16,7 @@ from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
 from vmrewind.paths import state_root
 from vmrewind.ship.meter import unsent
+from vmrewind.ship.status import baseless_words
 from vmrewind.ship.status import status as ship_status
 from vmrewind.start.control import instruct
 from vmrewind.start.processes import ROLES, Process, running
@@ -76,6 +77,13 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             result.setdefault("ship", {}).update(asdict(shipping))
             if shipping.error:
                 problems.append(f"ship cannot reach the repository: {shipping.error}")
+            if shipping.silent_seconds:
+                problems.append(
+                    f"ship (pid {shipping.pid}) has not responded for {shipping.silent_seconds:.0f} s: nothing is being carried; "
+                    "if it is not stopped on purpose, kill it: another one is started"
+                )
+            if shipping.baseless:
+                problems.append(baseless_words(shipping.baseless))
             if shipping.superseded:
                 problems.append(f"superseded: {shipping.superseded}")
         if (bypass := result.get("capture", {}).get("bypass")) is not None:

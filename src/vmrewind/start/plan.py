@@ -40,8 +40,9 @@ from vmrewind.journal.runs import (
 from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
+from vmrewind.ship.noted import forget_shipped_elsewhere
 from vmrewind.start.bases import Progress, back_up, matching_base
-from vmrewind.start.continuity import forget_shipped_elsewhere, goes_on, newest_run
+from vmrewind.start.continuity import goes_on, newest_run
 from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
 from vmrewind.start.supersession import Answer, ask, refuse_superseded
