@@ -217,6 +217,10 @@ def test_a_debt_is_paid_off_at_the_limit_that_is_in_force(monkeypatch: pytest.Mo
     assert paced.wait_seconds() == 0
     paced.limit = MIB
     assert paced.wait_seconds() == 0
+    paced.spent(8 * MIB)
+    now.seconds += 2
+    paced.limit = 2 * MIB
+    assert paced.wait_seconds() == 3, "what passed before the change was paid at the old rate"
 
 
 def test_with_a_limit_all_that_lies_behind_it_is_counted(place: Place) -> None:

@@ -381,7 +381,7 @@ class Shipper:
     def _caught_up(self) -> bool:
         """Whether everything that was in the journal at the last look is sent or gathered."""
         away = self._vm is None or self._sender.waits
-        return not (away or self.held_back or self._plan.backlog or self._live is None or self._live.behind)
+        return not (away or self._plan.backlog or self._live is None or self._live.behind)
 
     def _unsent_starts(self) -> list[Start]:
         """What is not known to be in the repository of every run with something left; the newest is the last."""
