@@ -37,6 +37,7 @@ def make_source(directory: Path, content: bytes) -> Path:
     """Files that every file system can hold."""
     (directory / "etc").mkdir(parents=True)
     (directory / "etc" / "passwd").write_bytes(content)
+    (directory / "etc" / "passwd").chmod(0o644)
     (directory / "large.bin").write_bytes(LARGE)
     return directory
 

@@ -150,7 +150,7 @@ def test_what_another_repository_has_does_not_count_as_shipped_to_this_one(tmp_p
         assert not (alone.journal / "shipped.json").exists()
         for number in range(24):
             alone.write(ready, number + 1, number * MIB)
-        log = [json.loads(line) for line in vmrewind("events", alone.config, "--json").stdout.splitlines()]
+    log = [json.loads(line) for line in vmrewind("events", alone.config, "--json").stdout.splitlines()]
     assert first_run in {event["run"] for event in log if event["event"] == "history.dropped"}
 
 

@@ -16,7 +16,7 @@ from typing import Final
 from tests.capture_tools import Entry, compose, journal_entries
 from tests.fuzz.requests import LARGE, SIZE, Model, Reply, stream_of, understood
 from tests.fuzz.stream import Choices, pieces
-from vmrewind.capture import connection, greeting, reading, replies
+from vmrewind.capture import connection, greeting, reading, replies, sending
 from vmrewind.capture.__main__ import prepare
 from vmrewind.capture.server import Server
 from vmrewind.journal import format as fmt
@@ -33,7 +33,8 @@ _WAIT_SECONDS = 20
 LIMITS: Final[list[tuple[ModuleType, str, int]]] = [
     (connection, "LARGE", LARGE),
     (connection, "WINDOW", LARGE // 2),
-    (connection, "OUTPUT", 512),
+    (sending, "PIECE", LARGE),
+    (sending, "_OUTPUT", 512),
     (connection, "OUTPUT_MAX", 4096),
     (connection, "BATCH_REQUESTS_MAX", 8),
     (connection, "_BATCHES_A_TURN", 2),

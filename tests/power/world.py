@@ -351,7 +351,7 @@ class World:
         with self.promises.history() as history:
             info = history.runs[self.plan.info.run]
             try:
-                resync(history, info, target, self.paths, EventLog(None), 1 << 30)
+                resync(history, info, target, self.journal, self.paths, EventLog(None), 1 << 30)
             except MomentError as refused:
                 assert self._recycled(refused), "the plan said that its history can be gone on from"
                 return

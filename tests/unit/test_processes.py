@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_a_damaged_file_names_nobody(plain: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize("pid", ["self", -1, 0, 10**30, None, True])
 def test_a_report_of_ships_with_a_senseless_pid_is_none(plain: dict[str, Any], pid: object) -> None:
-    report = {"pid": pid, "state": "shipping", "disks": ["vda"]}
+    report = {"pid": pid, "state": "shipping", "disks": ["vda"], "baseless": [], "monotonic_seconds": time.monotonic()}
     status_path(PATHS.runtime).write_text(json.dumps(report))
     assert status(PATHS.runtime) is None
     status_path(PATHS.runtime).write_text(json.dumps(report | {"pid": os.getpid()}))
