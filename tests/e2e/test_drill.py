@@ -137,14 +137,32 @@ def test_a_libvirt_domain_boots_in_a_qemu_of_our_own(stored: Stored, scratch: Pa
 
 @contextmanager
 def configured(stored: Stored, suffix: str, document: bytes) -> Iterator[None]:
-    """With another configuration as the newest one in the repository."""
+    """With another configuration as the only one in the repository: a run's own goes before what is newer."""
     repository = Repository.open(str(stored.vm.repository)).vm("web")
-    repository.put_config(repository.configs()[-1].time_ns + 1_000_000, suffix, document)
+    store = repository.repository.store
+    own = {name.key: store.get(name.key) for name in repository.configs()}
+    time_ns = repository.configs()[-1].time_ns + 1_000_000
+    for key in own:
+        store.delete(key)
+    repository.put_config(time_ns, suffix, document)
     key = repository.configs()[-1].key
     try:
         yield
     finally:
-        repository.repository.store.delete(key)
+        store.delete(key)
+        for key, data in own.items():
+            store.put(key, data)
+
+
+def test_what_another_host_has_configured_since_is_not_what_boots(stored: Stored, scratch: Path) -> None:
+    repository = Repository.open(str(stored.vm.repository)).vm("web")
+    newest = repository.configs()[-1].time_ns
+    repository.put_config(newest + 1_000_000, "xml", XML.replace(b"machine='q35'", b"machine='none-such'"))
+    try:
+        code, told = drill(stored, scratch, "--at", stored.sound, "--until", "GRUB STARTED", "--seconds", "60")
+    finally:
+        repository.repository.store.delete(repository.configs()[-1].key)
+    assert (code, told["drill"]) == (0, "passed"), told
 
 
 @pytest.mark.parametrize("suffix", ["toml", "xml"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vmrewind.errors import ConfigError, UsageError
+from vmrewind.history.configuration import config_of
 from vmrewind.history.history import History
 from vmrewind.journal.runs import Position
 from vmrewind.recover.drill_machine import DrillMachine, machine_of
@@ -27,8 +28,9 @@ class Stored:
 
 def configuration(history: History, config: VmConfig | None, position: Position) -> Stored:
     """That of the moment, from the repository; what is known here where the repository has none. Raises ConfigError."""
-    if history.repository is not None and (name := history.repository.config_at(position.time_ns)) is not None:
-        return Stored(history.repository.config(name), name.suffix, name.key)
+    repository = history.repository
+    if repository is not None and (name := config_of(history, repository, position)) is not None:
+        return Stored(repository.config(name), name.suffix, name.key)
     if config is None:
         raise ConfigError(f"{history.name}: the repository holds no configuration of it", "ship carries it: vmrewind ship on")
     return Stored(config.document.encode(), "xml" if config.origin == "libvirt" else "toml", config.source)

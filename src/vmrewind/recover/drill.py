@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.errors import MomentError, SpaceError, StartError, UsageError
+from vmrewind.history.configuration import config_of
 from vmrewind.history.coverage import common
 from vmrewind.history.history import History
 from vmrewind.history.moments import format_time
@@ -95,7 +96,7 @@ def drill(history: History, targets: Sequence[str], position: Position, wanted: 
 def _machine(history: History, position: Position) -> DrillMachine:
     """The machine of the configuration that was in force at a position."""
     repository = history.reachable_repository("the configuration")
-    name = repository.config_at(position.time_ns)
+    name = config_of(history, repository, position)
     if name is None:
         raise MomentError(f"{history.name}: its configuration is not in the repository", "ship carries it: vmrewind ship on")
     return machine_of(repository.config(name), name.suffix, name.key)

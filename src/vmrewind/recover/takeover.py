@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import xxhash
-
 from vmrewind.capture.recovery import recover
 from vmrewind.errors import CorruptionError, ImageError, RepositoryError, UsageError, VmrewindError, VmStateError
-from vmrewind.history.branch import Branch, Leg
+from vmrewind.history.branch import Branch
+from vmrewind.history.configuration import config_of
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal.events import EventLog
@@ -44,7 +43,6 @@ from vmrewind.paths import VmPaths
 from vmrewind.recover.claim import end_of, register, takeover_run
 from vmrewind.recover.in_place import stopped
 from vmrewind.recover.restore import Progress, restore
-from vmrewind.repository.layout import ConfigName
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.images import refuse_half_restored
 from vmrewind.start.known_repository import note_repository
@@ -155,7 +153,7 @@ def take_over(
         register(repository, note.info)
         _finish_old_run(journal, say)
         _become(note, paths, journal, configuring)
-        note_repository(paths, repository.repository.url, repository.repository.id)
+        note_repository(paths, repository.repository.url)
         config = note.directory / note.config
         last_step(config)
         EventLog(paths.events(note.info.run)).write("takeover.done", parent=run_name(_parent(note).run), seq=_parent(note).seq)
@@ -308,7 +306,12 @@ def _restore(
         restored = restore(history, chosen.targets, position, partial, progress)
         final = {disk.target: directory / disk.path.name for disk in restored.disks}
         legs = history.branch_of_run(position.run).legs
-        stored = _config_of(repository, legs, position.time_ns)
+        stored = config_of(history, repository, position)
+        if stored is None:
+            raise RepositoryError(
+                f"{repository.repository.url}: holds no configuration of {repository.name}",
+                "restore its disks (vmrewind restore --output) and write the configuration by hand",
+            )
         config = configuring.write(repository.config(stored), stored.suffix, final, partial)
         configured = {disk.target for disk in configuring.load(partial / config).protection.disk}
         if configured != set(final):
@@ -325,24 +328,6 @@ def _restore(
         before = [leg.info for leg in legs]
         info = takeover_run(source, position, final, history.runs)
     return _Note(directory, at, config, known_until_ns, info, before, identities)
-
-
-def _config_of(repository: VmRepository, legs: Sequence[Leg], time_ns: int) -> ConfigName:
-    """The configuration of the newest of the runs that tells which it had; else that of the time, or the first for times before.
-
-    Not simply the newest: another host may have put its own since, on another branch.
-    """
-    names = repository.configs()
-    if not names:
-        raise RepositoryError(
-            f"{repository.repository.url}: holds no configuration of {repository.name}",
-            "restore its disks (vmrewind restore --output) and write the configuration by hand",
-        )
-    wanted = next((leg.info.config for leg in reversed(legs) if leg.info.config), None)
-    for name in reversed(names) if wanted is not None else ():
-        if xxhash.xxh3_64_hexdigest(repository.config(name)) == wanted:
-            return name
-    return next((name for name in reversed(names) if name.time_ns <= time_ns), names[0])
 
 
 def _give_name(partial: Path, note: _Note) -> None:

@@ -249,11 +249,6 @@ class VmRepository:
         """The versions of the configuration, oldest first."""
         return self._named(layout.config_prefix(self.name), layout.parse_config_key)
 
-    def config_at(self, time_ns: int) -> ConfigName | None:
-        """The version that was in force at a time, the first one for times before it; None if there is none."""
-        names = self.configs()
-        return max((name for name in names if name.time_ns <= time_ns), default=names[0]) if names else None
-
     def config(self, name: ConfigName) -> bytes:
         """One version's content, verified."""
         data = get_or_corrupt(self._store, name.key)

@@ -17,9 +17,9 @@ from vmrewind.repository.url import place_of
 _FILE: Final = "repository.json"
 
 
-def note_repository(paths: VmPaths, url: str, repository_id: str) -> None:
+def note_repository(paths: VmPaths, url: str) -> None:
     """Remember durably that the VM's history goes into this repository."""
-    content = json.dumps({"place": place_of(url), "id": repository_id}).encode() + b"\n"
+    content = json.dumps({"place": place_of(url)}).encode() + b"\n"
     path = paths.state / _FILE
     if _read(path) != content:
         write_durably(path, content)

@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import xxhash
-
 from vmrewind.capture.image import Image
 from vmrewind.capture.recovery import recover
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, MomentError, RepositoryError, VmStateError
 from vmrewind.history.branch import last_takeover
+from vmrewind.history.configuration import config_digest
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
@@ -130,7 +129,7 @@ class Planner:
             self.repository.register(vm_uuid)
             repository = self.repository.repository
             forget_shipped_elsewhere(self.journal, repository.id)
-            note_repository(self.paths, repository.url, repository.id)
+            note_repository(self.paths, repository.url)
         past = self._past()
         refuse_superseded(self.config.name, self.answer, self.journal, self.paths, past.position, self.say, self.events)
         # The host's clock may have been set back since: runs are ordered by their ids, so a later one must have a greater one.
@@ -180,7 +179,7 @@ class Planner:
             bases=bases,
             gaps=gaps,
             claim=self._claim(past),
-            config=xxhash.xxh3_64_hexdigest(self.config.document.encode()),
+            config=config_digest(self.config.document.encode()),
         )
         return Plan(info, identities, resync)
 
