@@ -14,13 +14,11 @@ from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
+from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.drill import ending_by_signals
-from vmrewind.cli.notices import tell_notices
-from vmrewind.cli.restore import chosen_disks
 from vmrewind.errors import UsageError, VmrewindError
 from vmrewind.history.history import History
 from vmrewind.history.moments import FORMS, format_time
-from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, private_directory
 from vmrewind.paths import VmPaths
@@ -47,9 +45,7 @@ def bisect(
     scratch: Annotated[
         Path | None, Parameter(help="Directory for the scratch files; default: the one for temporary files.")
     ] = None,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print each test and the result as JSON objects, one a line.")] = False,
 ) -> int:
     """Find the first write after which COMMAND fails, as `git bisect run` finds a commit.
@@ -64,11 +60,10 @@ def bisect(
         raise UsageError("--scratch is for --writable", "leave it out, or add --writable")
     found = open_any(vm)
     with found.history() as history, ending_by_signals():
-        tell_notices(history, branch)
-        chosen = history.branch(branch)
-        targets = chosen_disks(found.name, disk, chosen.targets)
-        one, other = (resolve(history, chosen, moment, targets) for moment in (from_, to))
-        changes = Changes(history, chosen, targets, one, other)
+        chosen = Chosen.of(found.name, history, branch, disk)
+        targets = chosen.targets
+        one, other = chosen.at(from_), chosen.at(to)
+        changes = Changes(history, chosen.branch, targets, one, other)
         if not len(changes):
             raise UsageError(
                 f"nothing was written to {', '.join(targets)} between seq {one.seq} and seq {other.seq}", "choose other moments"
@@ -115,7 +110,7 @@ class _Tester:
         ends = not 0 <= code < _ABORT
         self.tests += 1
         if self.json:
-            told = {"event": "test", **_where(position), "exit_code": code, "verdict": None if ends else verdict.value}
+            told = {"event": "test", **position_data(position), "exit_code": code, "verdict": None if ends else verdict.value}
             print(json_module.dumps(told), flush=True)
         elif not ends:
             print(f"seq {position.seq}, {format_time(position.time_ns)}: {verdict.value} (exit code {code})", flush=True)
@@ -156,13 +151,9 @@ class _Tester:
         return _SKIP if unreadable else done.returncode
 
 
-def _where(position: Position) -> dict[str, Any]:
-    return {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
-
-
 def _described(change: Change) -> dict[str, Any]:
     op = change.op.name.lower() if change.op is not None else "gap"
-    return {**_where(change.position), "disk": change.target, "op": op, "offset": change.offset, "length": change.length}
+    return {**position_data(change.position), "disk": change.target, "op": op, "offset": change.offset, "length": change.length}
 
 
 def _tell(changes: Changes, good: int, bad: int, one: Position, tests: int, *, json: bool) -> int:
@@ -170,7 +161,7 @@ def _tell(changes: Changes, good: int, bad: int, one: Position, tests: int, *, j
     exact = bad - good == 1
     last_good = changes[good].position if good >= 0 else one
     if json:
-        result = {"event": "found", "exact": exact, "tests": tests, "last_good": _where(last_good)}
+        result = {"event": "found", "exact": exact, "tests": tests, "last_good": position_data(last_good)}
         print(json_module.dumps(result | {"first_bad": _described(changes[bad]), "candidates": bad - good}))
     else:
         if not exact:

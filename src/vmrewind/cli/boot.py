@@ -16,12 +16,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.drill import ending_by_signals
-from vmrewind.cli.notices import tell_notices
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError
 from vmrewind.history.moments import FORMS, format_time
-from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, private_directory
 from vmrewind.paths import VmPaths
@@ -56,9 +55,7 @@ def boot(
     protect: Annotated[
         bool, Parameter(negative="", help="With --keep: it is a protected VM with a history of its own from its next start on.")
     ] = False,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     connect: Annotated[str, Parameter(help="libvirt's URI, for a VM of libvirt.")] = DEFAULT_URI,
     json: Annotated[bool, Parameter(negative="", help="Print JSON objects on stdout; the console then goes to stderr.")] = False,
 ) -> int:
@@ -76,9 +73,8 @@ def boot(
         print(f"vmrewind: {message}", file=sys.stderr, flush=True)
 
     with found.history() as history, ending_by_signals():
-        tell_notices(history, branch, say)
-        chosen = history.branch(branch)
-        position = resolve(history, chosen, at, chosen.targets)
+        chosen = Chosen.of(found.name, history, branch, say=say)
+        position = chosen.at(at)
         info = history.runs[position.run]
         formats = {disk.target: disk.format for disk in info.disks if disk.target in chosen.targets}
         known = None if isinstance(found, StoredVm) else found.config
@@ -90,7 +86,7 @@ def boot(
         def ready(left_out: Sequence[str], what: dict[str, object]) -> None:
             seconds = time.monotonic() - begun
             if json:
-                where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
+                where = position_data(position)
                 told = {"event": "ready", "vm": found.name, "name": own, **where, **what, "left_out": list(left_out)}
                 print(json_module.dumps(told | {"seconds": round(seconds, 3)}), flush=True)
                 return

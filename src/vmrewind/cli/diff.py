@@ -10,15 +10,13 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.inside import (
-    BranchOption,
-    Chosen,
     Json,
     Partition,
     Replay,
     VmDisk,
     chosen,
-    position_data,
     tell_moment,
     tell_notes,
     volume_data,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from vmrewind.cli.chosen import position_data
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import VmrewindError
 from vmrewind.history.history import History
@@ -58,9 +59,7 @@ def run_drill(history: History, options: DrillOptions, *, json: bool) -> int:
                     "vm": history.name,
                     "drill": "passed" if result.passed else "failed",
                     "outcome": result.outcome,
-                    "run": run_name(position.run),
-                    "seq": position.seq,
-                    "time_ns": position.time_ns,
+                    **position_data(position),
                     "seed": seed,
                     "restore_seconds": round(result.restore_seconds, 3),
                     "boot_seconds": round(result.boot_seconds, 3),

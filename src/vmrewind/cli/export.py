@@ -12,12 +12,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmrewind.cli.notices import tell_notices
-from vmrewind.cli.restore import chosen_disks
+from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.errors import UsageError
 from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.moments import FORMS, format_time
-from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import private_directory
 from vmrewind.paths import VmPaths
@@ -38,9 +36,7 @@ def export(
     scratch: Annotated[
         Path | None, Parameter(help="Directory for the scratch files; default: the one for temporary files.")
     ] = None,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object once the disks are served.")] = False,
 ) -> None:
     """Serve a VM's disks as they were at a moment over NBD, until interrupted (SIGINT, SIGTERM). Nothing is copied beforehand."""
@@ -51,11 +47,9 @@ def export(
     if socket is not None and path.exists():
         raise UsageError(f"{path}: exists already", "name a socket that is not there yet, or remove it if nobody listens")
     with found.history() as history:
-        tell_notices(history, branch)
-        chosen = history.branch(branch)
-        targets = chosen_disks(found.name, disk, chosen.targets)
-        position = resolve(history, chosen, at, targets)
-        kind = kind_of(history, chosen, at, position)
+        chosen = Chosen.of(found.name, history, branch, disk)
+        targets, position = chosen.targets, chosen.at(at)
+        kind = kind_of(history, chosen.branch, at, position)
         directory = (scratch or Path(tempfile.gettempdir())) if writable else None
         signals = {signal.SIGINT, signal.SIGTERM}
         # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
@@ -69,7 +63,7 @@ def export(
             uris = serving.uris
             if json:
                 served = {target: {"uri": uris[target], "size": serving.disks[target].size} for target in targets}
-                where = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns, "kind": kind}
+                where = position_data(position) | {"kind": kind}
                 print(
                     json_module.dumps({"event": "ready", "vm": found.name, **where, "writable": writable, "disks": served}),
                     flush=True,

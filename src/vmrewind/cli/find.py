@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vmrewind.cli.inside import BranchOption, Chosen, Partition, Replay, VmDisk, chosen, position_data
+from vmrewind.cli.chosen import BranchOption, Chosen, position_data
+from vmrewind.cli.inside import Partition, Replay, VmDisk, chosen
 from vmrewind.errors import UsageError
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.runs import Position

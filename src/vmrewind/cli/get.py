@@ -11,16 +11,15 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.filesize import decimal
 
+from vmrewind.cli.chosen import BranchOption, position_data
 from vmrewind.cli.inside import (
     At,
-    BranchOption,
     Json,
     Partition,
     Replay,
     VmDisk,
     looking,
     paths_data,
-    position_data,
     tell_moment,
     tell_notes,
     tell_paths,

@@ -5,17 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vmrewind.cli.notices import tell_notices
-from vmrewind.cli.restore import chosen_disks
-from vmrewind.history.branch import Branch
-from vmrewind.history.history import History
+from vmrewind.cli.chosen import Chosen
 from vmrewind.history.moments import FORMS, format_time
-from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position
 from vmrewind.recover.files.client import Reader, require_libraries
@@ -33,22 +28,7 @@ Replay = Annotated[
     bool,
     Parameter(negative="", help="Count in what the journal of ext3 or ext4 holds that is not in place yet, as mounting would."),
 ]
-BranchOption = Annotated[str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")]
 Json = Annotated[bool, Parameter(negative="", help="Print one JSON object.")]
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A VM's history, and which of its disks are meant."""
-
-    name: str
-    history: History
-    branch: Branch
-    targets: list[str]
-
-    def at(self, moment: str) -> Position:
-        """The position that a moment means for these disks."""
-        return resolve(self.history, self.branch, moment, self.targets)
 
 
 @contextmanager
@@ -57,9 +37,7 @@ def chosen(vm: str, branch: str | None) -> Iterator[Chosen]:
     argument, disk = split_disk(vm)
     found = open_any(argument)
     with found.history() as history:
-        tell_notices(history, branch)
-        line = history.branch(branch)
-        yield Chosen(found.name, history, line, chosen_disks(found.name, [disk] if disk else None, line.targets))
+        yield Chosen.of(found.name, history, branch, [disk] if disk else None)
 
 
 def split_disk(argument: str) -> tuple[str, str | None]:
@@ -88,11 +66,6 @@ def tell_notes(volume: Volume) -> None:
     """What is uncertain, on stderr."""
     for note in volume.notes:
         print(f"{volume.name}: note: {note}", file=sys.stderr)
-
-
-def position_data(position: Position) -> dict[str, Any]:
-    """A position for machines."""
-    return {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}
 
 
 def volume_data(volume: Volume) -> dict[str, Any]:

@@ -10,16 +10,15 @@ from typing import Annotated, Final
 from cyclopts import Parameter
 from rich.filesize import decimal
 
+from vmrewind.cli.chosen import BranchOption, position_data
 from vmrewind.cli.inside import (
     At,
-    BranchOption,
     Json,
     Partition,
     Replay,
     VmDisk,
     entry_data,
     looking,
-    position_data,
     tell_moment,
     tell_notes,
     volume_data,

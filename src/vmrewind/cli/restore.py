@@ -9,13 +9,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmrewind.cli.notices import tell_notices
+from vmrewind.cli.chosen import BranchOption, Chosen
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError, VmStateError
 from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.history import History
 from vmrewind.history.moments import FORMS, format_time
-from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position
 from vmrewind.recover.in_place import pending, restore_in_place
@@ -36,9 +35,7 @@ def restore(
         bool, Parameter(negative="", help="In place: give up writes of an image that no history has.")
     ] = False,
     disk: Annotated[list[str] | None, Parameter(negative="", help="Only this disk (may be repeated).")] = None,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
 ) -> None:
     """Restore a VM's disks, all at one moment, to files or in place."""
@@ -49,13 +46,12 @@ def restore(
     found = open_any(vm)
     own = on_this_host(found, "restored in place") if in_place else None
     with found.history() as history:
-        tell_notices(history, branch)
-        chosen = history.branch(branch)
-        targets = chosen_disks(found.name, disk, chosen.targets)
+        chosen = Chosen.of(found.name, history, branch, disk)
+        targets = chosen.targets
         begun = pending(own.journal) if own is not None else None
         if at is not None:
-            position = resolve(history, chosen, at, targets)
-            kind: str | None = kind_of(history, chosen, at, position)
+            position = chosen.at(at)
+            kind: str | None = kind_of(history, chosen.branch, at, position)
         elif begun is not None:
             position = begun[0]
             kind = None  # which was said when it began
@@ -87,14 +83,6 @@ def on_this_host(found: VmHandle | StoredVm, done: str) -> VmHandle:
     if running(found.paths):
         raise VmStateError(f"{found.name} is running", "stop it first, or restore to files with --output DIR")
     return found
-
-
-def chosen_disks(name: str, wanted: list[str] | None, known: list[str]) -> list[str]:
-    """The disks that were asked for, default all of them; raises UsageError for one that there is not."""
-    for target in wanted or ():
-        if target not in known:
-            raise UsageError(f"{name} has no protected disk {target!r}", f"its disks are {', '.join(known)}")
-    return [target for target in known if wanted is None or target in wanted]
 
 
 def images_of(handle: VmHandle, history: History, position: Position, targets: list[str]) -> dict[str, Path]:

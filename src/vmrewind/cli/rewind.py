@@ -9,12 +9,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.filesize import decimal
 
-from vmrewind.cli.notices import tell_notices
+from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.progress import byte_progress
-from vmrewind.cli.restore import chosen_disks, images_of, on_this_host, report
+from vmrewind.cli.restore import images_of, on_this_host, report
 from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.moments import FORMS, format_time
-from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position
 from vmrewind.recover.in_place import RewindPlan, planned, restore_in_place
@@ -31,9 +30,7 @@ def rewind(
     ] = None,
     dry_run: Annotated[bool, Parameter(negative="", help="Say what would be done, and do nothing.")] = False,
     discard_unprotected: Annotated[bool, Parameter(negative="", help="Give up writes of an image that no history has.")] = False,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
 ) -> None:
     """Take a stopped VM's own images back to a moment, looking only at what was written since.
@@ -42,12 +39,10 @@ def rewind(
     """
     own = on_this_host(open_any(vm), "rewound")
     with own.history() as history:
-        tell_notices(history, branch)
-        chosen = history.branch(branch)
-        targets = chosen_disks(own.name, disk, chosen.targets)
-        position = resolve(history, chosen, to, targets)
-        kind = kind_of(history, chosen, to, position)
-        images = images_of(own, history, position, targets)
+        chosen = Chosen.of(own.name, history, branch, disk)
+        position = chosen.at(to)
+        kind = kind_of(history, chosen.branch, to, position)
+        images = images_of(own, history, position, chosen.targets)
         plans = [planned(history, target, image, position, own.journal) for target, image in images.items()]
         if not json:
             _tell(own.name, position, kind, plans)
@@ -81,10 +76,10 @@ def _tell(name: str, position: Position, kind: str, plans: list[RewindPlan]) -> 
 def _as_data(name: str, position: Position, plans: list[RewindPlan]) -> dict[str, Any]:
     return {
         "vm": name,
-        "to": _position(position),
+        "to": position_data(position),
         "disks": {
             plan.target: {
-                "from": _position(plan.since) if plan.since is not None else None,
+                "from": position_data(plan.since) if plan.since is not None else None,
                 "extents": len(plan.ranges) if plan.ranges is not None else None,
                 "bytes": sum(end - start for start, end in plan.ranges) if plan.ranges is not None else None,
                 "whole_disk_because": plan.reason,
@@ -92,7 +87,3 @@ def _as_data(name: str, position: Position, plans: list[RewindPlan]) -> dict[str
             for plan in plans
         },
     }
-
-
-def _position(position: Position) -> dict[str, Any]:
-    return {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns}

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.cli.chosen import BranchOption, position_data
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import LibvirtError, UsageError, VmStateError
 from vmrewind.history.moments import FORMS, format_time
@@ -34,9 +35,7 @@ def takeover(
     *,
     at: Annotated[str | None, Parameter(allow_leading_hyphen=True, help=f"The moment: {FORMS}; default: the latest.")] = None,
     images: Annotated[Path | None, Parameter(help="Where the images go: into a directory of the VM's name in this one.")] = None,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     define: Annotated[bool, Parameter(negative="", help="Define the libvirt domain.")] = False,
     connect: Annotated[str, Parameter(help="libvirt's URI.")] = DEFAULT_URI,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object.")] = False,
@@ -119,7 +118,7 @@ def _tell(done: TakenOver, at: str | None, commands: list[str], absent: list[str
         told = {
             "vm": done.vm,
             "run": run_name(done.run),
-            "parent": {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns},
+            "parent": position_data(position),
             "known_until_ns": done.known_until_ns,
             "lost_seconds_max": round(lost_seconds, 3),
             "images": {target: str(path) for target, path in done.images.items()},

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from vmrewind.cli.notices import tell_notices
+from vmrewind.cli.chosen import BranchOption, Chosen
 from vmrewind.history.activity import Flush, JournalEvent, Writes, events, writes
 from vmrewind.history.activity import flushes_before as last_flushes
 from vmrewind.history.bookmarks import as_bookmark
@@ -41,9 +41,7 @@ def timeline(
     vm: Annotated[str, Parameter(help=VM_HELP)],
     /,
     *,
-    branch: Annotated[
-        str | None, Parameter(help="The branch, by the beginning of its run's id; default: the newest run's.")
-    ] = None,
+    branch: BranchOption = None,
     flushes_before: Annotated[
         str | None, Parameter(allow_leading_hyphen=True, help=f"Also list the last guest flushes up to a moment: {FORMS}.")
     ] = None,
@@ -52,8 +50,7 @@ def timeline(
     """Show what can be restored, when the guest wrote how much, starts, stops, bookmarks, and gaps with their causes."""
     handle = open_any(vm)
     with handle.history() as history:
-        tell_notices(history, branch)
-        chosen = history.branch(branch)
+        chosen = Chosen.of(handle.name, history, branch).branch
         now = history.opened_ns
         coverages = [history.coverage(target, chosen) for target in chosen.targets]
         happened = list(events(history, chosen))
