@@ -1,8 +1,9 @@
 """What going back costs: ``.venv/bin/python -m bench.rewind``. A large sparse disk, random writes, back, forth, beside a full copy.
 
-The disk is filled here and there before its base is made. Then it is written to at random, and stopped; then ``vmrewind rewind``
-takes it back to before the writes and forth again, and ``qemu-img convert`` copies the same image, all in one run. After each
-rewind the image is compared with what it is to be.
+The disk is filled here and there before it is first served, which makes its base. Then it is written to at random, and stopped;
+then ``vmrewind rewind`` takes it back to before the writes and forth again, and ``qemu-img convert`` copies the same image, all in
+one run, the copy synced as rewound images are. After each rewind the image is compared with what it is to be. Before each
+measurement all that is dirty is written out and, with ``--cold``, dropped from the page cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,14 +43,26 @@ def _served(config: Path) -> Iterator[str]:
         process.stdout.close()
 
 
-def _fio(uri: str, size: int, amount: int, pattern: str, block: str) -> None:
-    words = ["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", f"--size={size}", f"--io_size={amount}", f"--rw={pattern}"]
-    subprocess.run([*words, f"--bs={block}", "--iodepth=16", "--refill_buffers"], check=True, stdout=subprocess.DEVNULL)
+def _fio(where: Sequence[str], size: int, amount: int, block: str) -> None:
+    words = ["fio", "--name=load", *where, f"--size={size}", f"--io_size={amount}", "--rw=randwrite", f"--bs={block}"]
+    subprocess.run([*words, "--iodepth=16", "--refill_buffers"], check=True, stdout=subprocess.DEVNULL)
 
 
-def _timed(*command: object) -> float:
+def _settle(directory: Path, *, cold: bool) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            os.fsync(fd)
+            if cold:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def _timed(*command: object, synced: Path | None = None) -> float:
     began = time.monotonic()
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+    if synced is not None:
+        subprocess.run(["sync", synced], check=True)
     return time.monotonic() - began
 
 
@@ -62,7 +75,7 @@ def _same(one: Path, other: Path) -> bool:
     return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
-def measure(directory: Path, size: int, filled: int, written: int, rounds: int) -> dict[str, Any]:
+def measure(directory: Path, size: int, filled: int, written: int, rounds: int, *, cold: bool) -> dict[str, Any]:
     """Seconds of each; raises RuntimeError if a rewound image is not what it is to be."""
     os.environ["VMREWIND_STATE_DIR"] = str(directory / "state")
     os.environ["VMREWIND_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="vmr-")
@@ -72,29 +85,30 @@ def measure(directory: Path, size: int, filled: int, written: int, rounds: int) 
     vmrewind("init", directory / "repository")
     config = directory / "rewind.toml"
     config.write_text(
-        f'name = "rewind"\n[protection]\nenabled = true\nrepository = "repository"\njournal_size = {4 * (filled + written)}\n'
+        f'name = "rewind"\n[protection]\nenabled = true\nrepository = "repository"\njournal_size = {3 * written + (1 << 28)}\n'
         f'[[protection.disk]]\ntarget = "vda"\nimage = {json.dumps(str(image))}\n'
     )
-    with _served(config) as uri:
-        _fio(uri, size, filled, "randwrite", "1m")
-    vmrewind("backup", config)
+    _fio(["--ioengine=psync", f"--filename={image}"], size, filled, "1m")
     _copy(image, before)
     with _served(config) as uri:
         then = datetime.now(UTC).isoformat()
-        _fio(uri, size, written, "randwrite", "4k")
+        _fio(["--ioengine=nbd", f"--uri={uri}"], size, written, "4k")
     _copy(image, after)
     runs = [run["run"] for run in json.loads(vmrewind("timeline", config, "--json").stdout)["runs"]]
     plan = json.loads(vmrewind("rewind", config, "--to", then, "--dry-run", "--json").stdout)["disks"]["vda"]
     seconds: dict[str, list[float]] = {"back": [], "forth": [], "qemu-img convert": []}
     for _ in range(rounds):
+        _settle(directory, cold=cold)
         seconds["back"].append(_timed(VMREWIND, "rewind", config, "--to", then))
         if not _same(image, before):
             raise RuntimeError("what was rewound is not what was before")
+        _settle(directory, cold=cold)
         seconds["forth"].append(_timed(VMREWIND, "rewind", config, "--to", "latest", "--branch", max(runs)))
         if not _same(image, after):
             raise RuntimeError("what was rewound forth is not what was after")
         copy.unlink(missing_ok=True)
-        seconds["qemu-img convert"].append(_timed("qemu-img", "convert", "-f", "raw", "-O", "raw", image, copy))
+        _settle(directory, cold=cold)
+        seconds["qemu-img convert"].append(_timed("qemu-img", "convert", "-f", "raw", "-O", "raw", image, copy, synced=copy))
     return {"size_bytes": size, "extents": plan["extents"], "extent_bytes": plan["bytes"], "seconds": seconds}
 
 
@@ -104,6 +118,7 @@ def main(
     filled_gib: Annotated[float, Parameter(help="So much of it holds data.")] = 4,
     written_gib: Annotated[float, Parameter(help="So much is written and taken back.")] = 1,
     rounds: Annotated[int, Parameter(help="How often.")] = 1,
+    cold: Annotated[bool, Parameter(negative="", help="Begin each measurement without anything in the page cache.")] = False,
     directory: Annotated[Path, Parameter(help="All goes below it.")] = Path("/var/tmp"),
     output: Annotated[Path | None, Parameter(help="A JSON file for the figures.")] = None,
 ) -> None:
@@ -111,7 +126,7 @@ def main(
     sizes = [int(gib * _GIB) // (1 << 20) * (1 << 20) for gib in (size_gib, filled_gib, written_gib)]
     place = Path(tempfile.mkdtemp(prefix="vmr-rewind-", dir=directory))
     try:
-        found = measure(place, *sizes, rounds)
+        found = measure(place, *sizes, rounds, cold=cold)
     finally:
         shutil.rmtree(place)
     machine = describe(directory)

@@ -5,23 +5,31 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from guests.protected import vmrewind
-from tests.e2e.test_start_after import Alone
+from tests.capture_tools import Client
+from tests.e2e.test_start_after import MIB, SIZE, Alone
 from tests.faults.test_recover_in_place import _RESTORE, K, M, Stopped, quiet
-from tests.history_tools import MadeHistory
+from tests.history_tools import MadeHistory, exit_code_of_main
 from vmrewind.errors import ImageError
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Discontinuity, Head, ImageIdentity, Position, read_head, write_durably
+from vmrewind.nbd import protocol as nbd
 from vmrewind.recover.in_place import pending, planned, restore_in_place
+
+KILLS = 20
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 def noted(made: Stopped, position: Position) -> None:
@@ -208,8 +216,9 @@ def test_the_command_shows_rewinds_and_undoes(tmp_path: Path) -> None:
     told = vmrewind("rewind", alone.config, "--to", then).stdout
     assert "s back" in told and "in 2 extents" in told
     assert alone.image.read_bytes() == before
-    told = vmrewind("rewind", alone.config, "--to", "latest", "--branch", _newest_run(alone)).stdout
-    assert "s forth" in told
+    undo = shlex.split(told.rpartition("to undo it: vmrewind ")[2])
+    assert undo[:2] == ["rewind", str(alone.config)]
+    assert "s forth" in vmrewind(*undo).stdout
     assert alone.image.read_bytes() == after
     vmrewind("rewind", alone.config, "--to", then)
     with alone.serving() as ready:
@@ -218,9 +227,80 @@ def test_the_command_shows_rewinds_and_undoes(tmp_path: Path) -> None:
     assert alone.image.read_bytes() == after
 
 
+def test_killed_at_random_instants_completed_and_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Back and forth in turn, so that each undo is killed as well; then the run that goes on from there."""
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        first = Path(ready["disks"]["vda"]["uri"].partition("?socket=")[2])
+        states = []
+        for _ in range(2):
+            client = Client(first, "vda")
+            for number in range(1500):
+                offset = chance.randrange(SIZE // 512 - 16) * 512
+                client.write(offset, bytes([chance.randrange(256)]) * chance.choice([512, 4096, 8192]))
+                if number % 50 == 0:
+                    client.do(nbd.CMD_WRITE_ZEROES, chance.randrange(SIZE // MIB) * MIB, 128 << 10)
+            client.sock.close()
+            vmrewind("mark", alone.config, f"state-{len(states)}")
+            states.append(alone.image.read_bytes())
+    assert states[0] != states[1]
+    (run,) = _runs(alone)
+
+    def begin(state: int) -> int:
+        """The command, in a process of its own that has its libraries loaded; its pid."""
+        child = os.fork()
+        if child:
+            return child
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+        sys.argv = ["vmrewind", "rewind", str(alone.config), "--to", f"@state-{state}", "--branch", run]
+        os._exit(exit_code_of_main())
+
+    def complete(state: int) -> float:
+        begun = time.monotonic()
+        assert os.waitpid(begin(state), 0)[1] == 0, seed
+        assert alone.image.read_bytes() == states[state], seed
+        return time.monotonic() - begun
+
+    monkeypatch.setattr(sys, "argv", ["vmrewind", "rewind", str(alone.config), "--to", "@state-0", "--dry-run"])
+    assert exit_code_of_main() == 0
+    capfd.readouterr()
+    seconds = min(complete(0), complete(1))
+    met = set()
+    for number in range(KILLS):
+        state = number % 2
+        child = begin(state)
+        # Every other pair from when it has begun to write, which is its shortest part.
+        while number % 4 > 1 and pending(alone.journal) is None and os.waitid(os.P_PID, child, _ENDED) is None:
+            pass
+        threading.Event().wait(chance.random() * seconds / (8 if number % 4 > 1 else 1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        content = alone.image.read_bytes()
+        half = content not in states
+        begun = pending(alone.journal) is not None
+        assert begun or not half, (seed, number)
+        met.add("half" if half else "begun" if begun else "whole")
+        if half and "half" not in met:
+            refused = vmrewind("capture", alone.config, check=False)
+            assert refused.returncode and "restore" in refused.stderr
+        complete(state)
+        assert pending(alone.journal) is None
+    assert {"half", "whole"} <= met, (seed, met)
+    # What goes on from there is another run, and however that one ends, the moment before the rewind can be had again.
+    complete(0)
+    with alone.serving() as ready:
+        alone.write(ready, 9, offset=3 * MIB)
+        for process in ("keeper", "capture"):
+            os.kill(alone.status()["processes"][process]["pid"], signal.SIGKILL)
+    assert len(_runs(alone)) == 2
+    complete(1)
+
+
 def _runs(alone: Alone) -> list[str]:
     return [run["run"] for run in json.loads(vmrewind("timeline", alone.config, "--json").stdout)["runs"]]
-
-
-def _newest_run(alone: Alone) -> str:
-    return max(_runs(alone))

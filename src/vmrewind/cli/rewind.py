@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -44,8 +45,9 @@ def rewind(
         kind = kind_of(history, chosen.branch, to, position)
         images = images_of(own, history, position, chosen.targets)
         plans = [planned(history, target, image, position, own.journal) for target, image in images.items()]
+        since = next((plan.since for plan in plans if plan.since is not None), None)
         if not json:
-            _tell(own.name, position, kind, plans)
+            _tell(own.name, position, kind, plans, since)
         elif dry_run:
             print(json_module.dumps(_as_data(own.name, position, plans)))
         if dry_run:
@@ -55,11 +57,13 @@ def rewind(
                 history, images, position, own.journal, update, discard_unprotected=discard_unprotected, only_changed=True
             )
     report(restored, kind, json=json)
+    if not json and since is not None and since != position:
+        only = "".join(f" --disk {target}" for target in disk or ())
+        print(f"to undo it: vmrewind rewind {shlex.quote(vm)} --to seq:{since.seq} --branch {run_name(since.run)}{only}")
 
 
-def _tell(name: str, position: Position, kind: str, plans: list[RewindPlan]) -> None:
+def _tell(name: str, position: Position, kind: str, plans: list[RewindPlan], since: Position | None) -> None:
     print(f"{name} goes to {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}, {kind})")
-    since = next((plan.since for plan in plans if plan.since is not None), None)
     if since is not None:
         seconds = (since.time_ns - position.time_ns) / 1e9
         way = f"{seconds:.3f} s back" if seconds >= 0 else f"{-seconds:.3f} s forth"
