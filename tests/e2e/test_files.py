@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from guests.protected import vmrewind
 from tests import file_systems as fs
 from tests.e2e.test_start_after import SIZE, Alone
+from tests.history_tools import VM, MadeHistory, exit_code_of_main
 from vmrewind.errors import UsageError
 from vmrewind.recover.files import client
 
@@ -257,6 +259,55 @@ def test_a_backing_file_is_read_and_missed(tmp_path: Path) -> None:
         backing.rename(tmp_path / "elsewhere")
         refused = vmrewind("ls", alone.config, "--at", "latest", "/", check=False)
         assert refused.returncode == 4 and str(backing) in refused.stderr
+
+
+def test_windows_disks_and_logical_volumes_in_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NTFS with an MBR's partition around it and with nothing, then LVM: one disk's states, one after the other."""
+    size, step = 14 * MIB, MIB // 2
+    source = make_source(tmp_path / "source", EARLIER)
+    files = {"passwd": source / "etc" / "passwd", "large.bin": source / "large.bin"}
+    unpartitioned = fs.ntfs(tmp_path / "unpartitioned", 6 * MIB, files)
+    files["passwd"].write_bytes(LATER)
+    partitioned = fs.disk(tmp_path / "mbr", size, [fs.ntfs(tmp_path / "ntfs", 6 * MIB, files)], "dos")
+    logical = fs.lvm(tmp_path / "lvm", size, {"root": fs.ext(tmp_path / "root", 8 * MIB, source)})
+    made = MadeHistory(tmp_path, {"vda": size}, journal_size=64 * MIB)
+    made.start()
+    for name, image in (("plain", unpartitioned), ("mbr", partitioned), ("lvm", logical)):
+        content = image.read_bytes().ljust(size, b"\0")
+        for at in range(0, size, step):
+            if made.disk("vda").content[at : at + step] != content[at : at + step]:
+                made.write("vda", at, content[at : at + step])
+        made.mark(name)
+    made.stop()
+    config = tmp_path / f"{VM}.toml"
+    config.write_text(
+        f'name = "{VM}"\n[protection]\nenabled = true\nrepository = "{made.repository_path}"\n'
+        f'journal = "{made.journal}"\n[[protection.disk]]\ntarget = "vda"\nimage = "{tmp_path}/vda.raw"\n'
+    )
+
+    def said(*arguments: object) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["vmrewind", *map(str, arguments), "--json"])
+        capfd.readouterr()
+        code = exit_code_of_main()
+        told = capfd.readouterr()
+        assert code == 0, told.err
+        data: dict[str, Any] = json.loads(told.out)
+        return data
+
+    for moment, name, passwd, content in (
+        ("@plain", "vda", "/passwd", EARLIER),
+        ("@mbr", "vda1", "/passwd", LATER),
+        ("@lvm", "vg/root", "/etc/passwd", LATER),
+    ):
+        assert name in [volume["name"] for volume in said("ls", config, "--at", moment)["volumes"]]
+        (entry,) = said("ls", config, "--at", moment, "/large.bin")["entries"]
+        assert entry["size"] == len(LARGE)
+        place = tmp_path / f"out-{moment}"
+        done = said("get", config, "--at", moment, "/", place, "-r")
+        assert done["volume"]["name"] == name and done["problems"] == []
+        assert (place / passwd[1:]).read_bytes() == content and (place / "large.bin").read_bytes() == LARGE
 
 
 def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,8 +235,8 @@ class _Job:
         self._progress = progress
         self._ranges = ranges
         self._differing: list[tuple[int, int]] = []
-        self._kept: dict[int, bytes] = {}
-        """By offset: what is to be written, as far as it is not too much to be kept; the rest is read once more."""
+        self._kept: dict[int, bytes | None] = {}
+        """By offset: what is to be written (None: zeroes), as far as it is not too much to be kept; the rest is read once more."""
         self._kept_bytes = 0
         self._written = 0
 
@@ -278,8 +278,10 @@ class _Job:
             wanted = self.view.read(start, end - start)
             if wanted != os.pread(self.image.fd, end - start, start):
                 differing.append((start, end))
+                if wanted == bytes(end - start):
+                    self._kept[start] = None
                 # Several threads may overdo it by a piece each.
-                if self._kept_bytes < _KEPT_MAX:
+                elif self._kept_bytes < _KEPT_MAX:
                     self._kept[start] = wanted
                     self._kept_bytes += len(wanted)
         return differing
@@ -312,13 +314,19 @@ class _Job:
                     yield at // _STEP
                 at = stop
 
+    def _wanted(self, start: int, end: int) -> bytes:
+        if start not in self._kept:
+            return self.view.read(start, end - start)
+        kept = self._kept.pop(start)
+        return bytes(end - start) if kept is None else kept
+
     def write(self) -> None:
         """Write what differs, and sync; raises OSError."""
         self.image.extend()
         total = sum(end - start for start, end in self._differing)
         done = 0
         for start, end in self._differing:
-            wanted = self._kept.pop(start, None) or self.view.read(start, end - start)
+            wanted = self._wanted(start, end)
             found = os.pread(self.image.fd, end - start, start)
             for low, high, zero in differing_runs(start, wanted, found):
                 if zero and high - low >= _HOLE_MIN:
