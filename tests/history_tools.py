@@ -12,7 +12,7 @@ import xxhash
 
 from vmrewind.cli.main import main
 from vmrewind.history.history import History
-from vmrewind.history.rows import rows_of_batches
+from vmrewind.history.rows import ROW, RecordTables
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.pool import Recycling, SegmentPool
@@ -211,7 +211,7 @@ class MadeHistory:
         rows, payload = [], bytearray()
         for file in segment_files(self.journal, run):
             with Segment(file.path) as segment:
-                for row in rows_of_batches(list(segment.batches())):
+                for row in RecordTables(segment.tables()).rows:
                     if first <= row["seq"] <= last and (row["disk"] == fmt.ALL_DISKS or row["disk"] in wanted):
                         row = row.copy()
                         data = b""
@@ -223,7 +223,7 @@ class MadeHistory:
                         payload += data.ljust(fmt.padded(len(data)), b"\0")
                         rows.append(row)
         name = SegmentName(run, first, last, sum(1 << i for i in wanted), VM)
-        packed = np.array(rows, rows_of_batches([]).dtype)
+        packed = np.array(rows, ROW)
         assert int(payload_lengths(packed["op"], packed["length"]).sum()) == len(payload)
         self.repository.put_segment(name, encode_segment(name, UUID.bytes, packed, bytes(payload)))
         return name

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.history_tools import MadeHistory
-from vmrewind.history.index import build_index, effective
+from vmrewind.history.index import build_index, effective, owners_of
 from vmrewind.history.reading import read_whole
 from vmrewind.history.rows import ROW
 from vmrewind.history.view import View
@@ -29,14 +29,15 @@ def test_index_names_the_last_writer_of_every_byte(written: list[tuple[int, int]
     for i, (offset, length) in enumerate(written):
         rows[i] = (i + 1, i, offset, 0, 0, length, 0, Op.WRITE, 0)
         model[offset : offset + length] = i + 1
-    index = build_index(rows, np.arange(len(written), dtype=np.uint32))
+    index = build_index([owners_of(rows[i : i + 1], "here") for i in range(len(rows))])
     found = np.full(SIZE, -1)
     end_before = 0
-    for start, end, owner in zip(index.starts, index.ends, index.owners, strict=True):
+    for start, end, owner in zip(index.starts, index.ends(slice(None)), index.owners, strict=True):
         assert end_before <= start < end, "extents are disjoint and in order"
         end_before = end
-        found[start:end] = index.rows["seq"][owner]
-        assert index.sources[owner] == index.rows["seq"][owner] - 1, "sources go with their rows"
+        source = int(index.sources(np.array([owner], np.uint32))[0])
+        found[start:end] = source + 1
+        assert index.records["offset"][owner] == written[source][0], "sources go with their records"
     assert np.array_equal(found, model)
 
 

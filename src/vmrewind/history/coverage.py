@@ -234,7 +234,7 @@ class _Walk:
 def _outside_gaps(records: RunRecords, index: int, first: int, last: int) -> Iterator[tuple[int, int, str | None]]:
     """The parts of [first, last] outside GAP_BEGIN .. GAP_END, each with the cause of the gap behind it."""
     start: int | None = first
-    for _, rows in records.select(index, first, last):
+    for rows in records.notes(index, first, last):
         marks = rows[(rows["op"] == fmt.Op.EVENT) & (rows["flags"] >= fmt.Event.GAP_BEGIN)]
         for row in marks:
             seq = int(row["seq"])

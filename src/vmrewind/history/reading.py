@@ -90,9 +90,9 @@ def _parts(number: int, view: View, extents: NDArray[np.int64]) -> list[Part]:
 
 def _spans(places: _Wanted) -> Iterator[tuple[int, int, _Wanted]]:
     """(position, end, what lies there) for the stretches of a segment's payload stream that are fetched by one request each."""
-    rows = [view.places(extents) for _, view, extents in places]
-    starts = np.concatenate([part["position"].astype(np.int64) for part in rows])
-    ends = starts + np.concatenate([part["length"].astype(np.int64) for part in rows])
+    payloads = [view.places(extents) for _, view, extents in places]
+    starts = np.concatenate([begins for begins, _ in payloads])
+    ends = np.concatenate([ends for _, ends in payloads])
     order = np.argsort(starts, kind="stable")
     reached = np.maximum.accumulate(ends[order])
     apart = starts[order][1:] // FRAME_SIZE - (reached[:-1] - 1) // FRAME_SIZE > _FRAMES_APART
@@ -100,8 +100,8 @@ def _spans(places: _Wanted) -> Iterator[tuple[int, int, _Wanted]]:
     for first, last in pairwise(borders):
         low, high = int(starts[order[first]]), int(reached[last - 1])
         inside = [
-            (number, view, extents[(part["position"] >= low) & (part["position"] < high)])
-            for (number, view, extents), part in zip(places, rows, strict=True)
+            (number, view, extents[(begins >= low) & (begins < high)])
+            for (number, view, extents), (begins, _) in zip(places, payloads, strict=True)
         ]
         yield low, high, inside
 

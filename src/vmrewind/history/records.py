@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -35,6 +35,11 @@ class Piece:
     def rows(self) -> Rows:
         """Every row of the part, of whatever disk."""
         return between(self.source.rows, self.first, self.last)
+
+    @property
+    def notes(self) -> Rows:
+        """Its rows that tell something of others, or of the whole."""
+        return between(self.source.notes, self.first, self.last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ class RunRecords:
 
     def gap_closed(self, disk: int, first: int, last: int) -> int | None:
         """Seq in [first, last] at which a resync had brought the disk's history level with its image again, None if none did."""
-        for _, rows in self.select(disk, first, last):
+        for rows in self.notes(disk, first, last):
             ends = rows[(rows["op"] == fmt.Op.EVENT) & (rows["flags"] == fmt.Event.GAP_END) & (rows["disk"] == disk)]
             if len(ends):
                 return int(ends["seq"][0])
@@ -204,43 +209,57 @@ class RunRecords:
 
     def select(self, disk: int, first: int, last: int) -> Iterator[tuple[Source, Rows]]:
         """The disk's rows (and the whole VM's) with seqs in [first, last], by source, in order."""
-        wanted = [piece for piece in self.pieces(disk) if piece.last >= first and piece.first <= last]
-        for piece, rows in with_rows(wanted):
+        for piece, rows in with_rows(self._within(disk, first, last)):
             yield piece.source, of_disk(between(rows, first, last), disk)
 
-    def payload(self, source: Source, disk: int, seq: int, position: int, length: int, xxh3: int) -> bytes:
-        """A record's verified payload: from ``source`` or, if it is damaged there, from any other that has the record."""
+    def notes(self, disk: int, first: int, last: int) -> Iterator[Rows]:
+        """Those of the rows that ``select`` gives which tell something of others."""
+        for _, rows in _read_ahead(self._within(disk, first, last), lambda piece: piece.notes):
+            yield of_disk(between(rows, first, last), disk)
+
+    def _within(self, disk: int, first: int, last: int) -> list[Piece]:
+        return [piece for piece in self.pieces(disk) if piece.last >= first and piece.first <= last]
+
+    def payload(self, source: Source, disk: int, seq: int | None, position: int, length: int, xxh3: int) -> bytes:
+        """A record's verified payload: from ``source`` or, if it is damaged there, from any other that has the record.
+
+        Who does not know its seq gives None; then it is looked up for the error.
+        """
         try:
-            return source.payload(seq, position, length, xxh3)
+            return source.payload(seq or 0, position, length, xxh3)
         except CorruptionError:
+            first, last = (seq, seq) if seq is not None else (source.first, source.last)
             for other in self.shipped:
-                if other is source or not (other.first <= seq <= other.last and other.mask >> disk & 1):
+                if other is source or not (other.first <= last and first <= other.last and other.mask >> disk & 1):
                     continue
-                rows = between(other.rows, seq, seq)
-                if len(rows) and int(rows["xxh3"][0]) == xxh3:
-                    return other.payload(seq, int(rows["position"][0]), length, xxh3)
+                rows = between(other.rows, first, last)
+                for row in rows[(rows["xxh3"] == np.uint64(xxh3)) & (rows["length"] == length) & (rows["op"] == fmt.Op.WRITE)]:
+                    return other.payload(int(row["seq"]), int(row["position"]), length, xxh3)
+            rows = source.rows
+            for row in rows[(rows["position"] == np.uint64(position)) & (rows["op"] == fmt.Op.WRITE)]:
+                return source.payload(int(row["seq"]), position, length, xxh3)
             raise
 
 
 def with_rows(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:
     """Each piece with its rows, in order. The tables of shipped objects are fetched several at a time, some ahead."""
+    return _read_ahead(pieces, lambda piece: piece.rows)
+
+
+def _read_ahead(pieces: Sequence[Piece], read: Callable[[Piece], Rows]) -> Iterator[tuple[Piece, Rows]]:
     if len(pieces) < 2 or not any(isinstance(piece.source, ShippedSource) for piece in pieces):
-        yield from ((piece, piece.rows) for piece in pieces)
+        yield from ((piece, read(piece)) for piece in pieces)
         return
     with ThreadPoolExecutor(_READERS, thread_name_prefix="tables") as pool:
         ahead: deque[tuple[Piece, Future[Rows]]] = deque()
         for piece in pieces:
-            ahead.append((piece, pool.submit(_rows_of, piece)))
+            ahead.append((piece, pool.submit(read, piece)))
             if len(ahead) > _READ_AHEAD:
                 ready, rows = ahead.popleft()
                 yield ready, rows.result()
         while ahead:
             ready, rows = ahead.popleft()
             yield ready, rows.result()
-
-
-def _rows_of(piece: Piece) -> Rows:
-    return piece.rows
 
 
 def _merge(local: Sequence[Piece], shipped: Sequence[ShippedSource]) -> list[Piece]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import resource
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -13,9 +12,9 @@ import xxhash
 
 from vmrewind.errors import CorruptionError
 from vmrewind.history.cache import Lru
-from vmrewind.history.rows import rows_of_batches
+from vmrewind.history.rows import RecordTables, notes_of
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Batch, Record, Segment, SegmentFile, segment_files
+from vmrewind.journal.reader import Record, Segment, SegmentFile, Tables, segment_files
 from vmrewind.journal.verify import later_batch
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.repository import VmRepository
@@ -58,6 +57,10 @@ class Source(Protocol):
     def rows(self) -> Rows:
         """All of its rows, in order of seq."""
 
+    @property
+    def notes(self) -> Rows:
+        """Those that tell something of others, or of the whole: VOIDs and events."""
+
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one of its rows; raises CorruptionError naming file or object, seq and offset."""
 
@@ -79,12 +82,16 @@ class LocalSource:
         self._is_last = is_last
 
     @functools.cached_property
-    def _scan(self) -> tuple[int, int, str | None, Rows]:
-        """(last seq, offset where the valid prefix ends, damage seen there, rows)."""
-        batches = list(self.segment.batches())
-        damage = self._follow_to_the_end(batches) if self._is_last else None
-        end, _ = self._next(batches)
-        return (batches[-1].last_seq if batches else self.first - 1), end, damage, rows_of_batches(batches)
+    def _scan(self) -> tuple[int, int, str | None]:
+        """(last seq, offset where the valid prefix ends, damage seen there)."""
+        tables, damage = self._read()
+        self.__dict__["_tables"] = made = RecordTables(tables)
+        last = made.last_seq
+        return (last if last is not None else self.first - 1), tables.end, damage
+
+    @functools.cached_property
+    def _tables(self) -> RecordTables:
+        return RecordTables(self._read()[0])
 
     @property
     def last(self) -> int:
@@ -104,29 +111,35 @@ class LocalSource:
     @property
     def rows(self) -> Rows:
         """All rows of the valid prefix."""
-        return self._scan[3]
+        return self._tables.rows
 
-    def _follow_to_the_end(self, batches: list[Batch]) -> str | None:
-        """A run's last segment may be torn, damaged, or growing while we look at it: extend or cut ``batches`` accordingly.
+    @functools.cached_property
+    def notes(self) -> Rows:
+        """Its VOIDs and events."""
+        return self._tables.notes
 
-        A valid batch behind an invalid one means damage, unless the invalid one was just being written when we came by.
+    def _read(self) -> tuple[Tables, str | None]:
+        """The valid prefix, and damage seen at its end.
+
+        A run's last segment may be torn, damaged, or growing while we look at it. A valid batch behind an invalid one means damage,
+        unless the invalid one was just being written when we came by.
         """
-        while True:
-            end, number = self._next(batches)
-            if (later := later_batch(self.segment, end, number)) is None:
-                break
-            if not (more := list(self.segment.batches(end, number))):
-                return f"batch {number} is not valid, though batch {later.number} is at offset {later.position}"
-            batches += more
+        tables = self.segment.tables()
+        if not self._is_last:
+            return tables, None
+        while (later := later_batch(self.segment, tables.end, tables.number)) is not None:
+            more = self.segment.tables(tables.end, tables.number)
+            if not more.blocks:
+                return tables, f"batch {tables.number} is not valid, though batch {later.number} is at offset {later.position}"
+            tables = Tables(tables.positions + more.positions, tables.blocks + more.blocks, more.end, more.number)
         # The last batch's table may have reached the file without all of its payloads.
-        while batches and not self.segment.intact(batches[-1]):
-            batches.pop()
-        return None
-
-    def _next(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        if not batches:
-            return fmt.SEGMENT_HEADER_SIZE, self.segment.header.first_batch
-        return batches[-1].end, batches[-1].number + 1
+        while tables.positions:
+            at, number = tables.positions[-1], tables.number - 1
+            last = self.segment.batch_at(at, number)
+            if last is not None and self.segment.intact(last):
+                break
+            tables = Tables(tables.positions[:-1], tables.blocks[:-1], at, number)
+        return tables, None
 
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""
@@ -172,6 +185,7 @@ class ShippedSource:
         self._key = key
         self._cache = cache
         self._framing: Framing | None = None
+        self._notes: Rows | None = None
         self.name = key.key
         self.run = key.run
         self.first = key.first
@@ -184,6 +198,8 @@ class ShippedSource:
     def _load(self) -> Rows:
         segment = ShippedSegment(self._reader, self._key)
         rows = segment.rows
+        # Few, and asked for whenever a moment is looked for.
+        self._notes = notes_of(rows)
         # Without it the table would have to be fetched again for the payloads, should it be forgotten by then.
         self._framing = replace(segment.framing, ahead=b"")
         ahead = segment.framing.ahead
@@ -207,6 +223,11 @@ class ShippedSource:
             return self._cache.rows.get(self._key, self._load)
         except CorruptionError as error:
             raise DamagedObject(self, error) from error
+
+    @property
+    def notes(self) -> Rows:
+        """Its VOIDs and events."""
+        return self._notes if self._notes is not None else notes_of(self.rows)
 
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""

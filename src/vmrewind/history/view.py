@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 from vmrewind.errors import MomentError
 from vmrewind.history.cache import Lru
 from vmrewind.history.history import History
-from vmrewind.history.index import Index, build_index, effective
+from vmrewind.history.index import ZEROES, Index, Owners, build_index, effective, owners_of
 from vmrewind.history.records import RunRecords
-from vmrewind.history.rows import ROW
 from vmrewind.history.sources import Source
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.repository.manifest import Manifest
-from vmrewind.repository.segment import Rows
 
 VOID_DISTANCE_MAX: Final = 2 * fmt.RECORDS_MAX
 """How far behind a record its VOID can be: capture writes the VOIDs of a batch as the next batch."""
@@ -64,12 +62,11 @@ class View:
         self._origins = origins
         self._chunks: Lru[bytes] = Lru(_CHUNKS_BYTES_MAX, len)
         self._payloads: Lru[bytes] = Lru(_PAYLOADS_BYTES_MAX, len)
-        self._is_written = index.rows["op"] == fmt.Op.WRITE
         self.disk = info
         self.size = info.size
         self.position = position
         self.base_id = manifest.id
-        self.records = len(index.rows)
+        self.records = len(index.records)
 
     @classmethod
     def open(cls, history: History, target: str, position: Position) -> View:
@@ -79,7 +76,7 @@ class View:
         wanted = branch.legs[-1].info.disk(target)
         if wanted is None:
             raise MomentError(f"run {run_name(position.run)} had no disk {target}", "vmrewind timeline tells which disks it had")
-        parts: list[tuple[Rows, list[tuple[int, _Origin]]]] = []
+        parts: list[list[tuple[Owners, _Origin]]] = []
         last = position.seq
         for leg in reversed(branch.legs):
             info = leg.info
@@ -89,7 +86,7 @@ class View:
             records = history.records(info.run)
             for hole in records.holes(disk.index, info.first_seq, last):
                 raise MomentError(f"disk {target} cannot be restored to record {position.seq}: {hole.cause}")
-            parts.append(_rows_of(records, disk.index, info.first_seq, last))
+            parts.append(_changes_of(records, disk.index, info.first_seq, last))
             if target in info.bases and (target in info.gaps or history.base_problem(info, target) is None):
                 manifest = history.manifest(info, target)
                 break
@@ -100,8 +97,10 @@ class View:
             last = info.parent.seq
         else:
             raise MomentError(f"disk {target} has no base on the branch of run {run_name(position.run)}")
-        index, origins = _indexed(parts[::-1])
-        return cls(history, wanted, position, manifest, index, origins)
+        in_order = [part for leg_parts in reversed(parts) for part in leg_parts]
+        del parts
+        index = build_index([owners for owners, _ in in_order])
+        return cls(history, wanted, position, manifest, index, [origin for _, origin in in_order])
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on, within the disk. Raises CorruptionError, RepositoryError."""
@@ -149,10 +148,10 @@ class View:
     def written_extents(self) -> Iterator[tuple[Source, NDArray[np.int64]]]:
         """The numbers of the extents that records' payloads give, by source, in the order in which they lie there."""
         index = self._index
-        chosen = np.flatnonzero(self._is_written[index.owners] & (index.starts < self.size))
+        chosen = np.flatnonzero(index.written(slice(None)) & (index.starts < self.size))
         owners = index.owners[chosen]
-        sources = index.sources[owners]
-        order = np.lexsort((index.rows["position"][owners], sources))
+        sources = index.sources(owners)
+        order = np.lexsort((index.records["place"][owners], sources))
         chosen, sources = chosen[order], sources[order]
         borders = np.flatnonzero(np.diff(sources)) + 1
         for first, last in pairwise([0, *borders.tolist(), len(chosen)]):
@@ -164,37 +163,39 @@ class View:
     ) -> list[tuple[int, bytes | memoryview]]:
         """(offset, bytes) of extents of one source. ``fetched(position, length)`` gives payloads that are here already, or None."""
         index = self._index
-        starts, owners = index.starts[extents].tolist(), index.owners[extents]
-        ends = np.minimum(index.ends[extents], self.size).tolist()
-        rows = index.rows[owners].tolist()
-        sources = index.sources[owners].tolist()
+        numbers = index.owners[extents]
+        starts, owners = index.starts[extents].tolist(), numbers.tolist()
+        ends = np.minimum(index.ends(extents), self.size).tolist()
+        records = index.records[numbers].tolist()
         parts: list[tuple[int, bytes | memoryview]] = []
-        last_seq, payload = -1, memoryview(b"")
-        for start, end, source, (seq, _, offset, position, xxh3, length, *_) in zip(starts, ends, sources, rows, strict=True):
-            if seq != last_seq:
-                here = fetched(position, length)
+        last_owner, payload = -1, memoryview(b"")
+        for start, end, owner, (offset, xxh3, length, place) in zip(starts, ends, owners, records, strict=True):
+            if owner != last_owner:
+                here = fetched(place * fmt.ALIGNMENT, length)
                 if here is None or xxhash.xxh3_64_intdigest(here) != xxh3:
-                    origin = self._origins[source]
-                    here = origin.records.payload(origin.source, origin.disk, seq, position, length, xxh3)
+                    here = self._payload(owner)
                 payload = memoryview(here)
-                last_seq = seq
+                last_owner = owner
             parts.append((start, payload[start - offset : end - offset]))
         return parts
 
-    def places(self, extents: NDArray[np.int64]) -> NDArray[np.void]:
-        """The rows that own extents: where their payloads lie in the source."""
-        rows: NDArray[np.void] = self._index.rows[self._index.owners[extents]]
-        return rows
+    def places(self, extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(begin, end) of the payloads that extents are parts of, in the source."""
+        records = self._index.records[self._index.owners[extents]]
+        starts = records["place"].astype(np.int64) * fmt.ALIGNMENT
+        return starts, starts + records["length"]
 
-    def extent_bytes(self, extents: NDArray[np.int64]) -> NDArray[np.int64]:
+    def extent_bytes(self, extents: NDArray[np.int64]) -> NDArray[np.uint32]:
         """How many bytes each extent has."""
-        return self._index.ends[extents] - self._index.starts[extents]
+        lengths: NDArray[np.uint32] = self._index.lengths[extents]
+        return lengths
 
     @property
     def data_bytes(self) -> int:
         """How many bytes ``read_whole`` yields of it."""
-        starts, ends = np.minimum(self._index.starts, self.size), np.minimum(self._index.ends, self.size)
-        total = int((ends - starts)[self._is_written[self._index.owners]].sum())
+        written = self._index.written(slice(None))
+        starts, ends = self._index.starts[written], self._index.ends(written)
+        total = int((np.minimum(ends, self.size) - np.minimum(starts, self.size)).sum())
         held = np.flatnonzero([chunk_id is not None for chunk_id in self._manifest.chunks])
         lows = held * self._manifest.chunk_size
         highs = np.minimum(lows + self._manifest.chunk_size, min(self._manifest.size, self.size))
@@ -203,11 +204,13 @@ class View:
 
     def _owned_before(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many bytes in front of each offset belong to records."""
-        lengths = self._index.ends - self._index.starts
-        before = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
-        at = np.searchsorted(self._index.ends, offsets)
+        before = np.concatenate((np.zeros(1, np.int64), np.cumsum(self._index.lengths, dtype=np.int64)))
         starts = np.append(self._index.starts, self.size)
-        owned: NDArray[np.int64] = before[at] + np.maximum(offsets - starts[at], 0)
+        at = np.searchsorted(self._index.starts, offsets)
+        # The extent in front may reach beyond the offset.
+        last = np.maximum(at - 1, 0)
+        reach = np.maximum(starts[last] + np.append(self._index.lengths, 0)[last] - offsets, 0)
+        owned: NDArray[np.int64] = before[at] - np.where(at > 0, reach, 0)
         return owned
 
     def untouched_chunk(self, number: int) -> tuple[str | None] | None:
@@ -236,7 +239,7 @@ class View:
         for start, stop, owner in self._extents(offset, end - offset):
             if start > at:
                 yield from self._base_kinds(at, start)
-            yield Extent(start, stop - start, not self._is_written[owner])
+            yield Extent(start, stop - start, int(self._index.records["place"][owner]) == ZEROES)
             at = stop
         yield from self._base_kinds(at, end)
 
@@ -255,7 +258,7 @@ class View:
         """(start, end, owner) of the indexed extents within a range, clipped to it."""
         touched = self._index.overlapping(offset, length)
         starts = np.maximum(self._index.starts[touched], offset).tolist()
-        ends = np.minimum(self._index.ends[touched], offset + length).tolist()
+        ends = np.minimum(self._index.ends(touched), offset + length).tolist()
         return zip(starts, ends, self._index.owners[touched].tolist(), strict=True)
 
     def _read_base(self, buffer: memoryview, origin: int, start: int, end: int) -> None:
@@ -273,39 +276,25 @@ class View:
         return self.read_chunk(chunk_id)
 
     def _read_record(self, buffer: memoryview, origin: int, start: int, end: int, owner: int) -> None:
-        if not self._is_written[owner]:
+        row = self._index.records[owner]
+        if row["place"] == ZEROES:
             return
-        row = self._index.rows[owner]
         offset, length = int(row["offset"]), int(row["length"])
         whole = start == offset and end == offset + length
         payload = self._payload(owner) if whole else self._payloads.get(owner, lambda: self._payload(owner))
         buffer[start - origin : end - origin] = memoryview(payload)[start - offset : end - offset]
 
     def _payload(self, owner: int) -> bytes:
-        row = self._index.rows[owner]
-        origin = self._origins[int(self._index.sources[owner])]
-        return origin.records.payload(
-            origin.source, origin.disk, int(row["seq"]), int(row["position"]), int(row["length"]), int(row["xxh3"])
-        )
+        _, xxh3, length, place = self._index.records[owner].item()
+        origin = self._origins[int(np.searchsorted(self._index.bounds, owner, side="right"))]
+        return origin.records.payload(origin.source, origin.disk, None, place * fmt.ALIGNMENT, length, xxh3)
 
 
-def _rows_of(records: RunRecords, disk: int, first: int, last: int) -> tuple[Rows, list[tuple[int, _Origin]]]:
-    """The effective rows of a run's part for a disk, and for each source how many of them it gave."""
-    pieces = list(records.select(disk, first, last + VOID_DISTANCE_MAX))
-    rows = np.concatenate([rows for _, rows in pieces]) if pieces else np.empty(0, ROW)
-    counts = effective(rows, disk, last)
-    origins = []
-    at = 0
-    for source, part in pieces:
-        taken = int(np.count_nonzero(counts[at : at + len(part)]))
-        origins.append((taken, _Origin(records, source, disk)))
-        at += len(part)
-    return rows[counts], origins
-
-
-def _indexed(parts: list[tuple[Rows, list[tuple[int, _Origin]]]]) -> tuple[Index, list[_Origin]]:
-    counted = [entry for _, entries in parts for entry in entries]
-    counts = np.array([count for count, _ in counted], np.int64)
-    rows = np.concatenate([rows for rows, _ in parts])
-    numbers = np.repeat(np.arange(len(counted), dtype=np.uint32), counts)
-    return build_index(rows, numbers), [origin for _, origin in counted]
+def _changes_of(records: RunRecords, disk: int, first: int, last: int) -> list[tuple[Owners, _Origin]]:
+    """What changed a disk in a run's part, by source."""
+    notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
+    voided = np.concatenate([rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes]) if notes else np.empty(0, np.uint64)
+    return [
+        (owners_of(rows[effective(rows, disk, last, voided)], source.name), _Origin(records, source, disk))
+        for source, rows in records.select(disk, first, last)
+    ]

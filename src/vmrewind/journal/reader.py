@@ -66,6 +66,19 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Tables:
+    """Consecutive batches, verified: header and record table of each in ``blocks``, and where in the file each begins.
+
+    ``end`` and ``number``: where the next batch would begin, and its number.
+    """
+
+    positions: list[int]
+    blocks: list[bytes]
+    end: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One record, for dumps and recovery; bulk readers use ``Batch.table`` with numpy. ``position``: the payload's."""
 
@@ -151,23 +164,39 @@ class Segment:
 
     def batch_at(self, position: int, number: int) -> Batch | None:
         """The batch at ``position`` if it is valid and carries batch number ``number``; payloads are not looked at."""
+        if (found := self._block_at(position, number)) is None:
+            return None
+        block, end = found
+        _, _, _, _, time_ns, first_seq, count, _, payload = fmt.BATCH.unpack_from(block)
+        return Batch(position, number, time_ns, first_seq, count, block[fmt.BATCH.size :], end - payload, payload)
+
+    def _block_at(self, position: int, number: int) -> tuple[bytes, int] | None:
+        """(header and table of the batch at ``position``, where the next one begins) if it is the valid batch ``number``."""
         # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
         block = os.pread(self.fd, _HEAD_GUESS, position)
-        head = block[: fmt.BATCH.size]
-        if len(head) < fmt.BATCH.size:
+        if len(block) < fmt.BATCH.size:
             return None
-        magic, checksum, run, found, time_ns, first_seq, count, _, payload = fmt.BATCH.unpack(head)
+        magic, checksum, run, found, _, _, count, _, payload = fmt.BATCH.unpack_from(block)
         if magic != fmt.BATCH_MAGIC or run != self.header.run or found != number or not 0 < count <= fmt.RECORDS_MAX:
             return None
-        table = block[fmt.BATCH.size : fmt.BATCH.size + count * fmt.RECORD.size]
-        if len(table) < count * fmt.RECORD.size:
-            table = os.pread(self.fd, count * fmt.RECORD.size, position + fmt.BATCH.size)
-        if xxhash.xxh3_64_intdigest(head[fmt.BATCH_CHECKED_FROM :] + table) != checksum:
+        length = fmt.BATCH.size + count * fmt.RECORD.size
+        if length != len(block):
+            block = block[:length] if length < len(block) else os.pread(self.fd, length, position)
+        if xxhash.xxh3_64_intdigest(block[fmt.BATCH_CHECKED_FROM :]) != checksum:
             return None
-        start = position + fmt.BATCH.size + len(table)
-        if start + payload > self.header.size:
-            return None
-        return Batch(position, number, time_ns, first_seq, count, table, start, payload)
+        end: int = position + length + payload
+        return (block, end) if end <= self.header.size else None
+
+    def tables(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Tables:
+        """What ``batches`` gives, as it lies in the file: 2 us a batch, half of what it takes to make an object of each."""
+        number = self.header.first_batch if number is None else number
+        positions: list[int] = []
+        blocks: list[bytes] = []
+        while (found := self._block_at(position, number)) is not None:
+            positions.append(position)
+            blocks.append(found[0])
+            position, number = found[1], number + 1
+        return Tables(positions, blocks, position, number)
 
     def batches(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Iterator[Batch]:
         """Batches from ``position`` on (default: all), until the next is not valid."""
