@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,21 @@ from vmrewind.start.processes import Keeping
 
 START_TIMEOUT_SECONDS = 60
 RUN_TIMEOUT_SECONDS = 60
+
+# QEMU leaves its parent, and libvirt waits until whoever got it has noticed its end. An init that looks only every other second
+# would make each end of a VM as slow, so the daemon runs below a parent of this kind, which is told its process id.
+_PARENT = """\
+import ctypes, os, subprocess, sys
+SET_PDEATHSIG, SET_CHILD_SUBREAPER, SIGKILL = 1, 36, 9
+ctypes.CDLL(None).prctl(SET_PDEATHSIG, SIGKILL)
+ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1)
+print(subprocess.Popen(sys.argv[1:], stdout=2).pid, flush=True)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
 
 _ENTER = """\
 set -e
@@ -62,27 +78,27 @@ class LibvirtHost:
         Path(os.environ["VMREWIND_RUNTIME_DIR"]).chmod(0o711)
         self.log = self.directory / "libvirtd.log"
         self._namespace = -1
+        self._again: subprocess.Popen[bytes] | None = None
         private = self.directory / "private"
         private.mkdir()
         cache = cache_directory() / "libvirt"
+        command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "--", "sh", "-c"]
         with self.log.open("wb") as log:
-            self._daemon = subprocess.Popen(
-                [
-                    *["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private", "--", "sh", "-c"],
-                    _ENTER,
-                    "sh",
-                    *map(str, (private, cache)),
-                ],
+            self._parent = subprocess.Popen(
+                [sys.executable, "-c", _PARENT, *command, _ENTER, "sh", *map(str, (private, cache))],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.PIPE,
                 stderr=log,
             )
+        assert self._parent.stdout is not None
+        with self._parent.stdout as answer:
+            self._pid = int(answer.readline())
 
     def __enter__(self) -> Self:
         try:
             # before that name is there, the process may still be in the host's namespace
-            self._wait_for(lambda: Path(f"/proc/{self._daemon.pid}/comm").read_text() == "libvirtd\n")
-            self._namespace = os.open(f"/proc/{self._daemon.pid}/ns/mnt", os.O_RDONLY)
+            self._wait_for(lambda: Path(f"/proc/{self._pid}/comm").read_text() == "libvirtd\n")
+            self._namespace = os.open(f"/proc/{self._pid}/ns/mnt", os.O_RDONLY)
             self._wait_for(lambda: self.virsh("version", check=False).returncode == 0)
         except BaseException:
             self._stop()
@@ -98,10 +114,11 @@ class LibvirtHost:
 
     def _stop(self) -> None:
         # what is left when a test failed half-way: nothing of it may outlive the test
-        run = Path(f"/proc/{self._daemon.pid}/root/run/libvirt/qemu")
+        run = Path(f"/proc/{self._pid}/root/run/libvirt/qemu")
         left = [int(path.read_text()) for path in run.glob("*.pid")] if self._namespace >= 0 else []
-        self._daemon.kill()
-        self._daemon.wait()
+        self._kill_daemon()
+        self._parent.kill()
+        self._parent.wait()
         if self._namespace >= 0:
             os.close(self._namespace)
         for keeper in Path(os.environ["VMREWIND_RUNTIME_DIR"]).glob("*/keeper.json"):
@@ -116,18 +133,25 @@ class LibvirtHost:
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not condition():
-            if self._daemon.poll() is not None or time.monotonic() > deadline:
+            if not Path(f"/proc/{self._pid}/ns/mnt").exists() or time.monotonic() > deadline:
                 raise AssertionError(f"libvirtd did not come up:\n{self.log.read_text()}")
             time.sleep(0.02)
 
     def restart(self) -> None:
         """Kill libvirtd, as an upgrade or a crash does, and start it again; domains run on meanwhile."""
-        self._daemon.kill()
-        self._daemon.wait()
+        self._kill_daemon()
         with self.log.open("ab") as log:
             command = [*self._entering, "setpriv", "--pdeathsig", "KILL", "libvirtd"]
-            self._daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self._namespace])
+            self._again = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[self._namespace])
+        self._pid = self._again.pid
         self._wait_for(lambda: self.virsh("version", check=False).returncode == 0)
+
+    def _kill_daemon(self) -> None:
+        with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(self._pid)) as process:
+            signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+            select.select([process], [], [])
+        if self._again is not None:
+            self._again.wait()
 
     @property
     def _entering(self) -> list[str]:

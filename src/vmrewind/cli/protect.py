@@ -1,10 +1,9 @@
-"""``vmrewind protect``: put a libvirt domain's disks behind the capture, from its next start on."""
+"""``vmrewind protect``: put a libvirt domain's disks behind the capture, from its next start on, or as it runs."""
 
 from __future__ import annotations
 
 import json as jsonlib
 import re
-import stat
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,21 +11,24 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from vmrewind.errors import ImageError, LibvirtError, UsageError
+from vmrewind.cli.protect_live import disks_of, protect_live
+from vmrewind.errors import LibvirtError, UsageError
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import Repository
 from vmrewind.start.hook_script import Installed, install, reload_daemons
+from vmrewind.start.images import check_image
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.vmconfig.domain import parse_domain
-from vmrewind.vmconfig.model import DiskConfig, FailurePolicy, Invalid, JournalFullPolicy, ShipMode, parse_duration, parse_size
+from vmrewind.vmconfig.model import FailurePolicy, Invalid, JournalFullPolicy, ShipMode, parse_duration, parse_size
 from vmrewind.vmconfig.rewrite import Rewritten, protect_domain
 from vmrewind.vmconfig.xml import has_protection
 
 
 def protect(
-    domain: Annotated[str, Parameter(help="The domain's name. It must be shut off.")],
+    domain: Annotated[str, Parameter(help="The domain's name. It must be shut off, or --live be given.")],
     /,
     *,
+    live: Annotated[bool, Parameter(help="Protect the running domain, which stands still for a moment.", negative=())] = False,
     disk: Annotated[list[str] | None, Parameter(help="Target of a disk to protect (vda); may be repeated.", negative=())] = None,
     repository: Annotated[str | None, Parameter(help="Where history is kept: a directory or file:// URL.")] = None,
     ship: Annotated[ShipMode | None, Parameter(help="When records are carried to the repository: always, or on command.")] = None,
@@ -43,13 +45,19 @@ def protect(
 
     The domain's XML is rewritten: the disks' sources become vmrewind's socket, their own definitions are kept in the metadata
     for unprotect. Repeating the command adds disks or changes settings; what is not given keeps its value.
+
+    With --live a running domain is protected at once: its memory is saved, and it goes on from there behind the capture. Whatever
+    could fail is tried beforehand; what fails all the same leaves the domain running as it was.
     """
     changes = _changes(repository, ship, journal, on_journal_full, on_failure)
     changes |= _quantities(journal_size, bandwidth_limit, local_history)
+    if live:
+        protect_live(domain, disk or [], changes, connect, json=json)
+        return
     paths = VmPaths(domain)
     with Libvirt(connect) as libvirt:
         found = libvirt.domain(domain)
-        found.require_stopped()
+        found.require_stopped("; or protect it as it runs: --live")
         before = found.stored_xml(passwords=True)
         if not disk and not has_protection(before):
             raise UsageError(f"{domain}: no disk is named", "name each disk to protect: --disk vda (virsh domblklist shows them)")
@@ -79,16 +87,6 @@ def protect(
     _tell(Console(), domain, after, hook, reconnect, snapshots)
     if hook.fresh and not reloaded:
         Console().print("  libvirt looks for hooks when it starts: restart its daemon once.", highlight=False)
-
-
-def check_image(disk: DiskConfig) -> None:
-    """The image is there and of a kind that can be protected. Raises ImageError."""
-    try:
-        mode = Path(disk.image).stat().st_mode
-    except OSError as error:
-        raise ImageError(f"disk {disk.target}: {disk.image}: {error.strerror}", "correct the disk's source: virsh edit") from error
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise ImageError(f"disk {disk.target}: {disk.image} is neither a file nor a block device", "correct the disk's source")
 
 
 def _changes(
@@ -132,7 +130,7 @@ def _quantities(journal_size: str | None, bandwidth_limit: str | None, local_his
 def _report(domain: str, after: Rewritten, hook: Installed, reconnect: bool) -> dict[str, Any]:
     return {
         "domain": domain,
-        "disks": {disk.target: {"image": disk.image, "format": disk.format} for disk in after.protection.disk},
+        "disks": disks_of(after),
         "added": list(after.added),
         "repository": after.protection.repository,
         "ship": after.protection.ship,

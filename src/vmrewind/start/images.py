@@ -1,14 +1,25 @@
-"""Before anybody uses a VM's images without protection: they must hold a moment, and all that the guest was promised."""
+"""What a VM's images must be before they are used: of a kind that can be protected; or, without protection, whole."""
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vmrewind.capture.recovery import find_end, recover
 from vmrewind.errors import ImageError, SupersededError, VmrewindError, VmStateError
 from vmrewind.journal.runs import RESTORE_PENDING, TAKEOVER_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
-from vmrewind.vmconfig.model import VmConfig
+from vmrewind.vmconfig.model import DiskConfig, VmConfig
+
+
+def check_image(disk: DiskConfig) -> None:
+    """The image is there and of a kind that can be protected. Raises ImageError."""
+    try:
+        mode = Path(disk.image).stat().st_mode
+    except OSError as error:
+        raise ImageError(f"disk {disk.target}: {disk.image}: {error.strerror}", "correct the disk's source: virsh edit") from error
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ImageError(f"disk {disk.target}: {disk.image} is neither a file nor a block device", "correct the disk's source")
 
 
 def refuse_half_restored(name: str, journal: Path) -> None:

@@ -9,7 +9,8 @@ import grp
 import importlib
 import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -109,17 +110,110 @@ class Domain:
         """How many snapshots the domain has; each holds the XML of its time."""
         return int(self._handle.snapshotNum())
 
-    def require_stopped(self) -> None:
-        """Raises VmStateError unless the domain is persistent, shut off, and would start from its stored XML."""
+    def require_stopped(self, otherwise: str = "") -> None:
+        """Raises VmStateError unless the domain is persistent, shut off, and would start from its stored XML.
+
+        ``otherwise``: what can be done instead while it runs.
+        """
         if not self._handle.isPersistent():
             raise VmStateError(f"domain {self.name!r} is transient: it has no stored XML to change", "virsh define it first")
         if self._handle.isActive():
-            raise VmStateError(f"domain {self.name!r} is running", f"shut it down first: virsh shutdown {self.name}")
+            raise VmStateError(f"domain {self.name!r} is running", f"shut it down first: virsh shutdown {self.name}{otherwise}")
         if self._handle.hasManagedSaveImage():
             raise VmStateError(
                 f"domain {self.name!r} has a saved state, which would resume with the disks that it was saved with",
                 f"start it and shut it down properly, or give the state up: virsh managedsave-remove {self.name}",
             )
+
+    def running_xml(self) -> bytes:
+        """The XML of the domain as it runs, with its passwords, in the form that its saved state has it. Raises LibvirtError."""
+        with self._asking("are you root?"):
+            text: str = self._handle.XMLDesc(self._module.VIR_DOMAIN_XML_SECURE | self._module.VIR_DOMAIN_XML_MIGRATABLE)
+        return text.encode()
+
+    def require_savable(self) -> None:
+        """Raises VmStateError unless the domain is persistent, runs or was paused by somebody, and nothing is being done to it."""
+        with self._asking("is libvirtd running?"):
+            state, reason = self._handle.state()
+            if not self._handle.isPersistent():
+                raise VmStateError(f"domain {self.name!r} is transient: it has no stored XML to change", "virsh define it first")
+            saved = self.has_saved_state
+            job = self._handle.jobInfo()[0] if self._handle.isActive() else self._module.VIR_DOMAIN_JOB_NONE
+        module = self._module
+        if saved and state == module.VIR_DOMAIN_SHUTOFF:
+            raise VmStateError(
+                f"domain {self.name!r} is shut off and has a saved state", f"virsh start {self.name} resumes it; then repeat this"
+            )
+        if saved:
+            raise VmStateError(
+                f"domain {self.name!r} has an older saved state, which would be lost",
+                f"it is of no use any more, as the VM runs: virsh managedsave-remove {self.name}",
+            )
+        if state == module.VIR_DOMAIN_SHUTOFF:
+            raise VmStateError(f"domain {self.name!r} is shut off", "leave out --live: it is protected from its next start on")
+        by_somebody = (module.VIR_DOMAIN_PAUSED_USER, module.VIR_DOMAIN_PAUSED_UNKNOWN, module.VIR_DOMAIN_PAUSED_FROM_SNAPSHOT)
+        if state not in (module.VIR_DOMAIN_RUNNING, module.VIR_DOMAIN_BLOCKED) and (
+            state != module.VIR_DOMAIN_PAUSED or reason not in by_somebody
+        ):
+            raise VmStateError(
+                f"domain {self.name!r} neither runs nor was it paused by somebody (virsh domstate --reason {self.name})",
+                "have it run, or shut it down and leave out --live",
+            )
+        if job != module.VIR_DOMAIN_JOB_NONE:
+            raise VmStateError(
+                f"libvirt is doing something with domain {self.name!r}", f"wait for it: virsh domjobinfo {self.name}"
+            )
+
+    def busy_disks(self, targets: list[str]) -> list[str]:
+        """Those of the disks that a block job works on. Raises LibvirtError."""
+        with self._asking(f"virsh domblklist {self.name}"):
+            return [target for target in targets if self._handle.blockJobInfo(target, 0)]
+
+    @property
+    def memory_bytes(self) -> tuple[int, int]:
+        """About how much of its memory a saved state has to hold, and how much it may be at most. Raises LibvirtError."""
+        with self._asking("is it running?"):
+            largest = int(self._handle.maxMemory()) << 10
+            resident = int(self._handle.memoryStats().get("rss", 0)) << 10
+        return min(resident, largest) or largest, largest
+
+    @property
+    def has_saved_state(self) -> bool:
+        """Whether the next start resumes it from where it was saved."""
+        return bool(self._handle.hasManagedSaveImage())
+
+    def save(self) -> None:
+        """Stop the CPU, save the memory, end QEMU. The domain runs on if it cannot be saved. Raises LibvirtError."""
+        with self._asking("nothing has changed; what libvirt names is in the way of saving its memory"):
+            self._handle.managedSave()
+
+    def saved_xml(self) -> bytes:
+        """The XML that the saved state resumes with, with its passwords. Raises LibvirtError."""
+        with self._asking(f"virsh start {self.name} resumes it"):
+            text: str = self._handle.managedSaveGetXMLDesc(self._module.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE)
+        return text.encode()
+
+    def define_saved(self, xml: bytes) -> None:
+        """Have the saved state resume with other XML of the same machine. Raises LibvirtError."""
+        with self._asking(f"virsh start {self.name} resumes it"):
+            self._handle.managedSaveDefineXML(xml.decode())
+
+    def forget_saved_state(self) -> None:
+        """Remove a saved state that the domain was resumed from. Raises LibvirtError."""
+        with self._asking(f"virsh managedsave-remove {self.name}"):
+            self._handle.managedSaveRemove()
+
+    def start(self) -> None:
+        """Start it, from its saved state if it has one: running or paused, as it was saved. Raises LibvirtError."""
+        with self._asking(f"virsh start {self.name}"):
+            self._handle.create()
+
+    @contextmanager
+    def _asking(self, hint: str) -> Iterator[None]:
+        try:
+            yield
+        except self._module.libvirtError as error:
+            raise LibvirtError(f"domain {self.name!r}: {_message(error)}", hint) from None
 
     def fs_info(self) -> list[tuple[str, str, str]]:
         """(mount point, device, type) of what the guest has mounted, as its agent says. Raises LibvirtError."""
