@@ -17,7 +17,7 @@ from guests import images, writer
 from guests.kernel import linux
 from guests.machine import APPEND, Console
 from tests.e2e.libvirt_host import LibvirtHost
-from vmrewind.errors import ConfigError, LibvirtError, RepositoryError, VmrewindError, VmStateError
+from vmrewind.errors import ConfigError, LibvirtError, RepositoryError, StartError, VmrewindError, VmStateError
 from vmrewind.paths import VmPaths
 from vmrewind.start.processes import running
 
@@ -172,13 +172,13 @@ def test_a_guest_under_load_is_protected_and_every_moment_from_then_on_restores(
     assert host.stored_xml("web01") == stored
 
 
-def interposed(host: LibvirtHost, monkeypatch: pytest.MonkeyPatch, what: str, exit_code: int) -> str:
+def interposed(host: LibvirtHost, monkeypatch: pytest.MonkeyPatch, what: str, exit_code: int, *options: str) -> str:
     """Run the command with something done around one of its calls of libvirt; returns what it says."""
     with monkeypatch.context() as environment:
         environment.setenv("PYTHONPATH", str(Path(__file__).parent / "interposed"))
         environment.setenv("INTERPOSED", what)
         environment.setenv("INTERPOSED_FILE", str(VmPaths("web01").keeper))
-        done = host.vmrewind(*live(host), check=False)
+        done = host.vmrewind(*live(host, *options), check=False)
     assert done.returncode == exit_code, (done.stdout, done.stderr)
     return done.stdout
 
@@ -237,12 +237,15 @@ def test_killed_while_the_domain_is_started_it_comes_up_protected(
     assert runs_protected(host)
     refused = host.vmrewind(*live(host), check=False)
     assert refused.returncode == VmStateError.exit_code and "runs protected already" in json.loads(refused.stdout)["message"]
+    # QEMU's user still gets at the socket, should it have to connect again
+    assert VmPaths("web01").runtime.stat().st_mode & 0o777 == 0o710
 
 
-def test_a_paused_domain_stays_paused(host: LibvirtHost) -> None:
+def test_a_paused_domain_stays_paused_and_ctrl_c_comes_too_late(host: LibvirtHost, monkeypatch: pytest.MonkeyPatch) -> None:
     idle_domain(host)
     host.virsh("start", "web01", "--paused")
-    host.vmrewind(*live(host))
+    answer = json.loads(interposed(host, monkeypatch, "after managedSave kill -INT $PPID; kill -HUP $PPID; kill -TERM $PPID", 0))
+    assert answer["pause_seconds"] > 0
     assert host.virsh("domstate", "web01").stdout.strip() == "paused"
     assert running(VmPaths("web01")) is not None
     host.virsh("resume", "web01")
@@ -290,3 +293,17 @@ def test_what_cannot_be_protected_as_it_runs_is_refused_and_nothing_changes(host
     # a domain that libvirt knows only while it runs
     host.virsh("undefine", "web01")
     assert "is transient" in refused(VmStateError)
+
+
+def test_a_domain_that_may_start_unprotected_does_and_the_command_says_so(
+    host: LibvirtHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle_domain(host)
+    host.virsh("start", "web01")
+    there, away = host.repository, host.directory / "away"
+    options = ("--on-failure", "start-unprotected")
+    answer = json.loads(interposed(host, monkeypatch, f"before create mv {there} {away}", StartError.exit_code, *options))
+    assert "runs, and is NOT protected" in answer["message"] and str(there) in answer["message"]
+    assert host.virsh("domstate", "web01").stdout.strip() == "running"
+    keeping = running(VmPaths("web01"))
+    assert keeping is not None and not keeping.protected

@@ -17,17 +17,19 @@ from vmrewind.start.live_checks import SAVED_STATES
 from vmrewind.vmconfig.rewrite import Rewritten
 
 BESIDES_SECONDS: Final = 1.5
-"""Beside its memory: the end of one QEMU, the protected start of another, on an idle host (docs/performance.md)."""
+"""Beside its memory: the end of one QEMU and the protected start of another; docs/libvirt.md has what was measured."""
 
 
 def protect_live(name: str, targets: Sequence[str], changes: Mapping[str, object], uri: str, *, json: bool) -> None:
     """Protect the running domain; raises what stands in the way."""
-    with claimed(name):
-        with Libvirt(uri) as libvirt:
+    console = Console(stderr=json)
+    with Libvirt(uri) as libvirt:
+        # before anything is made for it
+        libvirt.domain(name).require_savable()
+        with claimed(name):
             prepared = prepare(libvirt, uri, name, targets, changes)
-        console = Console(stderr=json)
-        _line(console, f"{name} can be protected as it runs. {_expectation(prepared)}")
-        protected = go(prepared)
+            _line(console, f"{name} can be protected as it runs. {_expectation(prepared)}")
+            protected = go(prepared)
     if json:
         sys.stdout.write(jsonlib.dumps(_report(prepared, protected)) + "\n")
     else:

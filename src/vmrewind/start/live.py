@@ -22,7 +22,7 @@ from vmrewind.journal.runs import RunInfo, private, read_run, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.start.hook import stop_keeper
 from vmrewind.start.hook_script import Installed
-from vmrewind.start.libvirt import Domain, Libvirt
+from vmrewind.start.libvirt import Domain, Libvirt, qemu_owner
 from vmrewind.start.live_checks import check_history, check_space, rehearse, storage_of, words_of, write_rate
 from vmrewind.start.places import make_places
 from vmrewind.start.processes import running
@@ -113,7 +113,7 @@ def swap(xml: bytes, after: Rewritten, socket: str, *, reconnect: bool) -> Rewri
 def claimed(name: str) -> Iterator[None]:
     """One such command for a domain at a time. Raises VmStateError."""
     paths = VmPaths(name)
-    make_places(paths)
+    make_places(paths, qemu_owner())
     with open(paths.runtime / "live.lock", "w", opener=private) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,13 +131,14 @@ def go(prepared: Prepared) -> Protected:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and a closed terminal wait until the domain runs again."""
-    ours = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ours)
+    """Ctrl-C and a closed terminal come too late for what happens in here: it ends with its report."""
+    # ignored, and not masked: a mask would be this thread's alone
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Switch:

@@ -25,8 +25,6 @@ from vmrewind.repository.repository import VmRepository
 from vmrewind.start.children import CaptureChild
 from vmrewind.start.hook_script import Installed, install, reload_daemons
 from vmrewind.start.images import check_image, known_end, refuse_half_restored, refuse_half_taken_over
-from vmrewind.start.libvirt import qemu_owner
-from vmrewind.start.places import make_places
 from vmrewind.start.supersession import ask
 from vmrewind.vmconfig.model import DiskConfig, VmConfig
 
@@ -139,7 +137,7 @@ def write_rate(expected_bytes: int, directory: Path = SAVED_STATES) -> float | N
 
 
 def rehearse(config: VmConfig, paths: VmPaths, xml: bytes, libvirt_version: int) -> Installed:
-    """What a start needs on this host is there: hook, directories, a capture that comes up, the journal's space. Raises.
+    """What a start needs on this host is there: hook, a capture that comes up, the journal's space. Raises.
 
     ``xml``: what the domain is to run with.
     """
@@ -149,7 +147,6 @@ def rehearse(config: VmConfig, paths: VmPaths, xml: bytes, libvirt_version: int)
             f"{hook.path} is new, and libvirt looks for hooks only when it starts",
             "restart its daemon once (VMs run on: systemctl restart libvirtd), then repeat this",
         )
-    make_places(paths, qemu_owner())
     _run_hook(hook.path, config.name, xml)
     protection = config.protection
 
