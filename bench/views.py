@@ -112,7 +112,7 @@ def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")]
         view = timed("view", lambda: View.open(history, TARGET, position))
         figures["peak_bytes_above_imports"] = _peak_bytes() - before_bytes
         # Where something was written: anywhere else the base's zeroes are answered for.
-        at = np.random.default_rng(_SEED).choice(view._index.starts[:-1], _READS + 1) & -4096
+        at = np.random.default_rng(_SEED).choice(view._index.whole()["start"][:-1], _READS + 1) & -4096
         timed("first_read", lambda: view.read(int(at[0]), 4096))
         timed(f"{_READS}_reads", lambda: [view.read(int(offset), 4096) for offset in at[1:]])
         figures["extents"] = len(view._index)

@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.history_tools import MadeHistory
-from vmrewind.history.index import build_index, effective, owners_of
+from vmrewind.history import index as index_module
+from vmrewind.history.index import Index, effective, layers_of, owners_of
 from vmrewind.history.reading import read_whole
 from vmrewind.history.rows import ROW
 from vmrewind.history.view import View
@@ -22,23 +24,43 @@ ranges = st.tuples(st.integers(0, 127), st.integers(1, 128)).map(lambda pair: (p
 byte_ranges = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(lambda pair: (pair[0], min(pair[1], SIZE - pair[0])))
 
 
-@given(st.lists(st.one_of(ranges, byte_ranges), max_size=60))
-def test_index_names_the_last_writer_of_every_byte(written: list[tuple[int, int]]) -> None:
-    rows = np.zeros(len(written), ROW)
+@given(
+    st.lists(st.one_of(ranges, byte_ranges), max_size=60),
+    st.integers(1, 61),
+    st.integers(1, 64),
+    st.sampled_from([0, 1 << 40, 1 << 58]),
+)
+def test_index_names_the_last_writer_of_every_byte(
+    written: list[tuple[int, int]], layer_records: int, region_extents: int, begin: int
+) -> None:
     model = np.full(SIZE, -1)
     for i, (offset, length) in enumerate(written):
+        model[offset : offset + length] = i
+    index = index_of([(begin + offset, length) for offset, length in written], layer_records, region_extents)
+    every = index.whole()
+    in_regions = [part for columns in index.within(begin, SIZE) for part in zip(*(c.tolist() for c in columns), strict=True)]
+    for extents in (every.tolist(), in_regions):
+        found = np.full(SIZE, -1)
+        end_before = begin
+        for start, length, owner in extents:
+            assert end_before <= start and length, "extents are disjoint and in order"
+            end_before = start + length
+            source = int(index.sources(owner))
+            found[start - begin : end_before - begin] = source
+            assert index.record(owner)[0] == begin + written[source][0], "sources go with their records"
+        assert np.array_equal(found, model)
+
+
+def index_of(written: list[tuple[int, int]], layer_records: int, region_extents: int) -> Index:
+    """The index of writes, each from a source of its own, in layers and regions of a few."""
+    rows = np.zeros(len(written), ROW)
+    for i, (offset, length) in enumerate(written):
         rows[i] = (i + 1, i, offset, 0, 0, length, 0, Op.WRITE, 0)
-        model[offset : offset + length] = i + 1
-    index = build_index([owners_of(rows[i : i + 1], "here") for i in range(len(rows))])
-    found = np.full(SIZE, -1)
-    end_before = 0
-    for start, end, owner in zip(index.starts, index.ends(slice(None)), index.owners, strict=True):
-        assert end_before <= start < end, "extents are disjoint and in order"
-        end_before = end
-        source = int(index.sources(np.array([owner], np.uint32))[0])
-        found[start:end] = source + 1
-        assert index.records["offset"][owner] == written[source][0], "sources go with their records"
-    assert np.array_equal(found, model)
+    parts = [owners_of(rows[i : i + 1], np.ones(1, np.bool_), "here") for i in range(len(rows))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "LAYER_RECORDS", layer_records)
+        patch.setattr(index_module, "REGION_EXTENTS", region_extents)
+        return Index(list(layers_of(parts)))
 
 
 def test_effective_leaves_out_what_was_voided_and_what_came_later() -> None:
@@ -69,7 +91,9 @@ records = st.lists(
 def test_every_moment_of_every_disk_equals_the_model(
     batches: list[list[tuple[Op, str, tuple[int, int], int]]], data: st.DataObject
 ) -> None:
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_module, "LAYER_RECORDS", data.draw(st.sampled_from([1, 3, 1000]), "records in a layer"))
+        patch.setattr(index_module, "REGION_EXTENTS", data.draw(st.sampled_from([1, 4, 1000]), "extents in a region"))
         made = MadeHistory(Path(directory), {"vda": SIZE, "vdb": SIZE + 4096}, journal_size=4 << 20)
         made.disk("vda").content[100:5000] = b"base" * 1225
         made.start()

@@ -1,19 +1,23 @@
 """The index of a view: which record owns which bytes, the last writer winning, built from record tables alone.
 
-It takes 16 bytes for an extent and 24 for a record that owns any; what else is known of a record is looked up when it is needed.
+It is made of layers, each disjoint in itself and newer than the one before. Where the disk is read, the layers' extents are
+composed to one, region by region, and the regions that were used last are kept. So opening costs no more than the making of the
+layers. It takes 16 bytes for an extent, and 24 for a record that owns any; the rest is looked up when it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vmrewind.errors import CorruptionError
-from vmrewind.history.painting import last_writers
+from vmrewind.history.cache import Lru
+from vmrewind.history.painting import Extents, last_writers
 from vmrewind.history.rows import DATA_OPS
 from vmrewind.journal import format as fmt
 from vmrewind.repository.segment import Rows
@@ -23,48 +27,129 @@ OWNER: Final = np.dtype([("offset", "<i8"), ("xxh3", "<u8"), ("length", "<u4"), 
 Owners = NDArray[np.void]
 """An array of OWNER."""
 
+EXTENT: Final = np.dtype([("start", "<i8"), ("length", "<u4"), ("owner", "<u4")])
+"""Bytes of the disk and the number of the record that owns them."""
+
 ZEROES: Final = (1 << 32) - 1
 
+LAYER_RECORDS: Final = 1 << 18
+"""So many records are sorted at a time."""
+REGION_EXTENTS: Final = 1 << 14
+"""So many extents of all layers are composed at a time: some 2 ms."""
+_REGIONS_BYTES_MAX: Final = 32 << 20
+
+_NO_STARTS: Final = np.empty(0, np.int64)
+_NO_LENGTHS: Final = np.empty(0, np.uint32)
+_END: Final = 1 << 62
+"""Behind the end of any disk."""
 _CHANGES: Final = np.isin(np.arange(256), [int(op) for op in DATA_OPS])
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """Disjoint extents in order of offset: ``lengths`` bytes from ``starts`` on are record ``owners``. The rest is the base's.
+class Layer:
+    """Disjoint extents in order of offset, and their owners in order of seq: ``counts`` tells how many are of each source."""
 
-    ``records`` are the owning records alone, in order of seq; those before ``bounds[0]`` are of the first source, and so on.
+    extents: Extents
+    records: Owners
+    counts: Sequence[int]
+
+
+class Index:
+    """Which record owns which bytes of a disk; the rest is the base's. Layers are given the oldest first.
+
+    Owners are numbered through all layers.
     """
 
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.uint32]
-    owners: NDArray[np.uint32]
-    records: Owners
-    bounds: NDArray[np.int64]
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        counts = np.array([len(layer.records) for layer in layers], np.int64)
+        self._ends = np.cumsum(counts)
+        self._firsts = self._ends - counts
+        self._bounds = np.cumsum([count for layer in layers for count in layer.counts], dtype=np.int64)
+        self._borders = _borders(layers)
+        self._regions: Lru[Extents] = Lru(_REGIONS_BYTES_MAX, lambda extents: len(extents[0]) * EXTENT.itemsize)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        """How many extents the layers have, those included of which a newer one leaves less, or nothing."""
+        return sum(len(layer.extents[0]) for layer in self._layers)
 
-    def overlapping(self, offset: int, length: int) -> slice:
-        """The extents that touch [offset, offset + length)."""
-        first = int(np.searchsorted(self.starts, offset, side="right"))
-        if first and int(self.starts[first - 1]) + int(self.lengths[first - 1]) > offset:
-            first -= 1
-        last = int(np.searchsorted(self.starts, offset + length, side="left"))
-        return slice(first, max(first, last))
+    def within(self, offset: int, length: int) -> Iterator[Extents]:
+        """The extents in a range, clipped to it, in order, by region."""
+        end = offset + length
+        first = int(np.searchsorted(self._borders, offset, side="right"))
+        last = int(np.searchsorted(self._borders, end, side="left"))
+        for number in range(first, last + 1):
+            yield _clipped(self._region(number), offset, end)
 
-    def ends(self, extents: slice | NDArray[np.int64] | NDArray[np.bool_]) -> NDArray[np.int64]:
-        """Where extents end, bytes."""
-        found: NDArray[np.int64] = self.starts[extents] + self.lengths[extents]
+    def whole(self) -> NDArray[np.void]:
+        """All extents in order, as EXTENT."""
+        starts, lengths, owners = self._compose(0, _END)
+        found = np.empty(len(starts), EXTENT)
+        found["start"], found["length"], found["owner"] = starts, lengths, owners
         return found
 
-    def sources(self, owners: NDArray[np.uint32]) -> NDArray[np.int64]:
+    def record(self, owner: int) -> tuple[int, int, int, int]:
+        """(offset, xxh3, length, place) of an owner."""
+        layer = int(np.searchsorted(self._ends, owner, side="right"))
+        records = self._layers[layer].records
+        found: tuple[int, int, int, int] = records[owner - int(self._firsts[layer])].item()
+        return found
+
+    def records(self, owners: NDArray[np.uint32]) -> Owners:
+        """The same of many, as OWNER."""
+        found = np.empty(len(owners), OWNER)
+        layers = np.searchsorted(self._ends, owners, side="right")
+        for number in np.unique(layers).tolist():
+            chosen = layers == number
+            found[chosen] = self._layers[number].records[owners[chosen] - self._firsts[number]]
+        return found
+
+    def sources(self, owners: NDArray[np.uint32] | int) -> NDArray[np.int64]:
         """The number of each owner's source."""
-        return np.searchsorted(self.bounds, owners, side="right")
+        return np.searchsorted(self._bounds, owners, side="right")
 
-    def written(self, extents: slice | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which extents hold what a record's payload gives; the others read as zeroes."""
-        found: NDArray[np.bool_] = self.records["place"][self.owners[extents]] != ZEROES
-        return found
+    def _region(self, number: int) -> Extents:
+        if len(self._layers) == 1:
+            return self._layers[0].extents
+        low = int(self._borders[number - 1]) if number else 0
+        high = int(self._borders[number]) if number < len(self._borders) else _END
+        return self._regions.get(number, lambda: self._compose(low, high))
+
+    def _compose(self, low: int, high: int) -> Extents:
+        parts = [_clipped(layer.extents, low, high) for layer in self._layers]
+        starts = np.concatenate([_NO_STARTS, *(part[0] for part in parts)])
+        lengths = np.concatenate([_NO_LENGTHS, *(part[1] for part in parts)])
+        numbered = (part[2] + np.uint32(first) for part, first in zip(parts, self._firsts, strict=True))
+        owners = np.concatenate([_NO_LENGTHS, *numbered])
+        if len(parts) == 1:
+            return starts, lengths, owners
+        starts, lengths, numbers = last_writers(starts, lengths, in_runs=True)
+        return starts, lengths, owners[numbers]
+
+
+def _borders(layers: Sequence[Layer]) -> NDArray[np.int64]:
+    """Where to cut the disk so that a region has some REGION_EXTENTS of all layers' extents; one layer is not cut."""
+    if len(layers) < 2:
+        return _NO_STARTS
+    # Of every layer so many that all together tell of REGION_EXTENTS, however they lie.
+    step = max(REGION_EXTENTS // len(layers), 1)
+    samples = np.sort(np.concatenate([layer.extents[0][::step] for layer in layers]))
+    return np.unique(samples[:: max(REGION_EXTENTS // step, 1)])[1:]
+
+
+def _clipped(extents: Extents, low: int, high: int) -> Extents:
+    """The parts of extents that lie in [low, high)."""
+    starts, lengths, owners = extents
+    first = int(np.searchsorted(starts, low, side="right"))
+    if first and int(starts[first - 1]) + int(lengths[first - 1]) > low:
+        first -= 1
+    last = max(first, int(np.searchsorted(starts, high, side="left")))
+    starts, lengths, owners = starts[first:last], lengths[first:last], owners[first:last]
+    if first < last and (int(starts[0]) < low or int(starts[-1]) + int(lengths[-1]) > high):
+        ends = np.minimum(starts + lengths, high)
+        starts = np.maximum(starts, low)
+        lengths = (ends - starts).astype(np.uint32)
+    return starts, lengths, owners
 
 
 def effective(rows: Rows, disk: int, last_seq: int, voided: NDArray[np.uint64] | None = None) -> NDArray[np.bool_]:
@@ -81,29 +166,40 @@ def effective(rows: Rows, disk: int, last_seq: int, voided: NDArray[np.uint64] |
     return counts
 
 
-def owners_of(rows: Rows, name: str) -> Owners:
-    """Data records of one source, which ``name`` names, as owners."""
-    owners = np.empty(len(rows), OWNER)
+def owners_of(rows: Rows, chosen: NDArray[np.bool_], name: str) -> Owners:
+    """The data records among one source's rows that are ``chosen``, as owners; ``name`` names the source."""
+    numbers = np.flatnonzero(chosen)
+    owners = np.empty(len(numbers), OWNER)
     for field in ("offset", "xxh3", "length"):
-        owners[field] = rows[field]
-    places = rows["position"] // fmt.ALIGNMENT
-    if len(rows) and int(places.max()) >= ZEROES:
-        raise CorruptionError(f"{name}: a payload at {int(rows['position'].max())} is farther in than any source is long")
-    owners["place"] = np.where(rows["op"] == fmt.Op.WRITE, places, ZEROES)
+        owners[field] = rows[field].take(numbers)
+    positions = rows["position"].take(numbers)
+    if len(positions) and int(positions.max()) >= ZEROES * fmt.ALIGNMENT:
+        raise CorruptionError(f"{name}: a payload at {int(positions.max())} is farther in than any source is long")
+    owners["place"] = np.where(rows["op"].take(numbers) == fmt.Op.WRITE, positions // fmt.ALIGNMENT, ZEROES)
     return owners
 
 
-def build_index(parts: Sequence[Owners]) -> Index:
-    """Index the records of each source, all in order of seq and nothing voided among them."""
-    counts = [len(part) for part in parts]
-    records = np.concatenate(parts) if parts else np.empty(0, OWNER)
+def layer_of(parts: Sequence[Owners]) -> Layer:
+    """The layer that the records of some sources make, all in order of seq and nothing voided among them."""
+    records: Owners = np.concatenate([part.view(np.uint64) for part in parts]).view(OWNER)
     starts, lengths, owners = last_writers(records["offset"], records["length"])
     used = np.zeros(len(records), np.bool_)
     used[owners] = True
-    bounds = np.cumsum(counts, dtype=np.int64)
-    if not used.all():
-        before = np.concatenate((np.zeros(1, np.uint32), np.cumsum(used, dtype=np.uint32)))
-        owners = before[owners]
-        bounds = before[bounds].astype(np.int64)
-        records = records[used]
-    return Index(starts, lengths, owners, records, bounds)
+    if used.all():
+        return Layer((starts, lengths, owners), records, [len(part) for part in parts])
+    numbers = np.cumsum(used, dtype=np.uint32) - np.uint32(1)
+    borders = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+    counts = [int(np.count_nonzero(used[low:high])) for low, high in pairwise(borders)]
+    return Layer((starts, lengths, numbers[owners]), records[used], counts)
+
+
+def layers_of(parts: Iterable[Owners]) -> Iterator[Layer]:
+    """The layers of sources in order. Many short sorts are quicker than a long one, and few records of a stretch overlap."""
+    pending: list[Owners] = []
+    for part in parts:
+        pending.append(part)
+        if sum(map(len, pending)) >= LAYER_RECORDS:
+            yield layer_of(pending)
+            pending.clear()
+    if pending:
+        yield layer_of(pending)

@@ -33,7 +33,7 @@ _FRAMES_APART: Final = 4
 
 Part = tuple[int, int, bytes | memoryview]
 """(number of the view, offset on its disk, bytes)."""
-_Wanted = list[tuple[int, View, NDArray[np.int64]]]
+_Wanted = list[tuple[int, View, NDArray[np.void]]]
 """Of one source: (number of the view, the view, its extents there)."""
 
 
@@ -78,13 +78,13 @@ def _record_tasks(views: Sequence[View]) -> Iterator[Callable[[], list[Part]]]:
             yield from (partial(_span_parts, source, *span) for span in _spans(places))
         else:
             for number, view, extents in places:
-                sizes = np.cumsum(view.extent_bytes(extents))
+                sizes = np.cumsum(extents["length"], dtype=np.int64)
                 borders = np.flatnonzero(np.diff(sizes // _TASK_BYTES, append=-1)) + 1
                 for first, last in pairwise([0, *borders.tolist()]):
                     yield partial(_parts, number, view, extents[first:last])
 
 
-def _parts(number: int, view: View, extents: NDArray[np.int64]) -> list[Part]:
+def _parts(number: int, view: View, extents: NDArray[np.void]) -> list[Part]:
     return [(number, offset, data) for offset, data in view.parts(extents)]
 
 

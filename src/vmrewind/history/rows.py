@@ -98,7 +98,8 @@ def between(rows: Rows, first: int, last: int) -> Rows:
 
 def of_disk(rows: Rows, disk: int) -> Rows:
     """The rows that concern a disk: its own and those of the whole VM."""
-    chosen: Rows = rows[(rows["disk"] == disk) | (rows["disk"] == fmt.ALL_DISKS)]
+    wanted = (rows["disk"] == disk) | (rows["disk"] == fmt.ALL_DISKS)
+    chosen: Rows = rows if wanted.all() else rows[wanted]
     return chosen
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vmrewind.errors import MomentError
 from vmrewind.history.cache import Lru
 from vmrewind.history.history import History
-from vmrewind.history.index import ZEROES, Index, Owners, build_index, effective, owners_of
+from vmrewind.history.index import ZEROES, Index, Layer, Owners, effective, layers_of, owners_of
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import Source
 from vmrewind.journal import format as fmt
@@ -50,7 +50,7 @@ class _Origin:
 class View:
     """One disk at one position. Read-only; may be used from several threads. Valid while its history is open.
 
-    ``size``: bytes; ``base_id`` and ``records``: what it is made of (``records``: how many still own bytes).
+    ``size``: bytes; ``base_id``: the base that it is made of.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class View:
         self.size = info.size
         self.position = position
         self.base_id = manifest.id
-        self.records = len(index.records)
 
     @classmethod
     def open(cls, history: History, target: str, position: Position) -> View:
@@ -76,7 +75,7 @@ class View:
         wanted = branch.legs[-1].info.disk(target)
         if wanted is None:
             raise MomentError(f"run {run_name(position.run)} had no disk {target}", "vmrewind timeline tells which disks it had")
-        parts: list[list[tuple[Owners, _Origin]]] = []
+        legs: list[tuple[RunRecords, int, int, int]] = []
         last = position.seq
         for leg in reversed(branch.legs):
             info = leg.info
@@ -86,7 +85,7 @@ class View:
             records = history.records(info.run)
             for hole in records.holes(disk.index, info.first_seq, last):
                 raise MomentError(f"disk {target} cannot be restored to record {position.seq}: {hole.cause}")
-            parts.append(_changes_of(records, disk.index, info.first_seq, last))
+            legs.append((records, disk.index, info.first_seq, last))
             if target in info.bases and (target in info.gaps or history.base_problem(info, target) is None):
                 manifest = history.manifest(info, target)
                 break
@@ -97,10 +96,8 @@ class View:
             last = info.parent.seq
         else:
             raise MomentError(f"disk {target} has no base on the branch of run {run_name(position.run)}")
-        in_order = [part for leg_parts in reversed(parts) for part in leg_parts]
-        del parts
-        index = build_index([owners for owners, _ in in_order])
-        return cls(history, wanted, position, manifest, index, [origin for _, origin in in_order])
+        layers, origins = _layers(legs[::-1])
+        return cls(history, wanted, position, manifest, Index(layers), origins)
 
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` on, within the disk. Raises CorruptionError, RepositoryError."""
@@ -145,73 +142,55 @@ class View:
         repository = self._history.reachable_repository(f"base {self._manifest.id} of disk {self.disk.target}")
         return repository.read_chunk(chunk_id)
 
-    def written_extents(self) -> Iterator[tuple[Source, NDArray[np.int64]]]:
-        """The numbers of the extents that records' payloads give, by source, in the order in which they lie there."""
-        index = self._index
-        chosen = np.flatnonzero(index.written(slice(None)) & (index.starts < self.size))
-        owners = index.owners[chosen]
-        sources = index.sources(owners)
-        order = np.lexsort((index.records["place"][owners], sources))
-        chosen, sources = chosen[order], sources[order]
+    def written_extents(self) -> Iterator[tuple[Source, NDArray[np.void]]]:
+        """The extents (as index.EXTENT) that records' payloads give, by source, in the order in which they lie there."""
+        extents = self._index.whole()
+        places = self._index.records(extents["owner"])["place"]
+        chosen = (places != ZEROES) & (extents["start"] < self.size)
+        extents, places = extents[chosen], places[chosen]
+        sources = self._index.sources(extents["owner"])
+        order = np.lexsort((places, sources))
+        extents, sources = extents[order], sources[order]
         borders = np.flatnonzero(np.diff(sources)) + 1
-        for first, last in pairwise([0, *borders.tolist(), len(chosen)]):
+        for first, last in pairwise([0, *borders.tolist(), len(extents)]):
             if last > first:
-                yield self._origins[int(sources[first])].source, chosen[first:last]
+                yield self._origins[int(sources[first])].source, extents[first:last]
 
     def parts(
-        self, extents: NDArray[np.int64], fetched: Callable[[int, int], bytes | memoryview | None] = lambda *_: None
+        self, extents: NDArray[np.void], fetched: Callable[[int, int], bytes | memoryview | None] = lambda *_: None
     ) -> list[tuple[int, bytes | memoryview]]:
         """(offset, bytes) of extents of one source. ``fetched(position, length)`` gives payloads that are here already, or None."""
-        index = self._index
-        numbers = index.owners[extents]
-        starts, owners = index.starts[extents].tolist(), numbers.tolist()
-        ends = np.minimum(index.ends(extents), self.size).tolist()
-        records = index.records[numbers].tolist()
+        records = self._index.records(extents["owner"]).tolist()
         parts: list[tuple[int, bytes | memoryview]] = []
         last_owner, payload = -1, memoryview(b"")
-        for start, end, owner, (offset, xxh3, length, place) in zip(starts, ends, owners, records, strict=True):
+        for (start, size, owner), (offset, xxh3, length, place) in zip(extents.tolist(), records, strict=True):
             if owner != last_owner:
                 here = fetched(place * fmt.ALIGNMENT, length)
                 if here is None or xxhash.xxh3_64_intdigest(here) != xxh3:
                     here = self._payload(owner)
                 payload = memoryview(here)
                 last_owner = owner
-            parts.append((start, payload[start - offset : end - offset]))
+            parts.append((start, payload[start - offset : min(start + size, self.size) - offset]))
         return parts
 
-    def places(self, extents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def places(self, extents: NDArray[np.void]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(begin, end) of the payloads that extents are parts of, in the source."""
-        records = self._index.records[self._index.owners[extents]]
+        records = self._index.records(extents["owner"])
         starts = records["place"].astype(np.int64) * fmt.ALIGNMENT
         return starts, starts + records["length"]
-
-    def extent_bytes(self, extents: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """How many bytes each extent has."""
-        lengths: NDArray[np.uint32] = self._index.lengths[extents]
-        return lengths
 
     @property
     def data_bytes(self) -> int:
         """How many bytes ``read_whole`` yields of it."""
-        written = self._index.written(slice(None))
-        starts, ends = self._index.starts[written], self._index.ends(written)
-        total = int((np.minimum(ends, self.size) - np.minimum(starts, self.size)).sum())
+        extents = self._index.whole()
+        written = extents[self._index.records(extents["owner"])["place"] != ZEROES]
+        ends = written["start"] + written["length"]
+        total = int((np.minimum(ends, self.size) - np.minimum(written["start"], self.size)).sum())
         held = np.flatnonzero([chunk_id is not None for chunk_id in self._manifest.chunks])
         lows = held * self._manifest.chunk_size
         highs = np.minimum(lows + self._manifest.chunk_size, min(self._manifest.size, self.size))
         lows = np.minimum(lows, highs)
-        return total + int((highs - lows - (self._owned_before(highs) - self._owned_before(lows))).sum())
-
-    def _owned_before(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many bytes in front of each offset belong to records."""
-        before = np.concatenate((np.zeros(1, np.int64), np.cumsum(self._index.lengths, dtype=np.int64)))
-        starts = np.append(self._index.starts, self.size)
-        at = np.searchsorted(self._index.starts, offsets)
-        # The extent in front may reach beyond the offset.
-        last = np.maximum(at - 1, 0)
-        reach = np.maximum(starts[last] + np.append(self._index.lengths, 0)[last] - offsets, 0)
-        owned: NDArray[np.int64] = before[at] - np.where(at > 0, reach, 0)
-        return owned
+        return total + int((highs - lows - (_owned_before(extents, highs) - _owned_before(extents, lows))).sum())
 
     def untouched_chunk(self, number: int) -> tuple[str | None] | None:
         """The base's chunk id (None: zeroes), in a tuple, if no record since has touched that piece of the disk; else None."""
@@ -239,7 +218,7 @@ class View:
         for start, stop, owner in self._extents(offset, end - offset):
             if start > at:
                 yield from self._base_kinds(at, start)
-            yield Extent(start, stop - start, int(self._index.records["place"][owner]) == ZEROES)
+            yield Extent(start, stop - start, self._index.record(owner)[3] == ZEROES)
             at = stop
         yield from self._base_kinds(at, end)
 
@@ -256,10 +235,8 @@ class View:
 
     def _extents(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """(start, end, owner) of the indexed extents within a range, clipped to it."""
-        touched = self._index.overlapping(offset, length)
-        starts = np.maximum(self._index.starts[touched], offset).tolist()
-        ends = np.minimum(self._index.ends(touched), offset + length).tolist()
-        return zip(starts, ends, self._index.owners[touched].tolist(), strict=True)
+        for starts, lengths, owners in self._index.within(offset, length):
+            yield from zip(starts.tolist(), (starts + lengths).tolist(), owners.tolist(), strict=True)
 
     def _read_base(self, buffer: memoryview, origin: int, start: int, end: int) -> None:
         for extent in self._base_kinds(start, end):
@@ -276,25 +253,42 @@ class View:
         return self.read_chunk(chunk_id)
 
     def _read_record(self, buffer: memoryview, origin: int, start: int, end: int, owner: int) -> None:
-        row = self._index.records[owner]
-        if row["place"] == ZEROES:
+        offset, _, length, place = self._index.record(owner)
+        if place == ZEROES:
             return
-        offset, length = int(row["offset"]), int(row["length"])
         whole = start == offset and end == offset + length
         payload = self._payload(owner) if whole else self._payloads.get(owner, lambda: self._payload(owner))
         buffer[start - origin : end - origin] = memoryview(payload)[start - offset : end - offset]
 
     def _payload(self, owner: int) -> bytes:
-        _, xxh3, length, place = self._index.records[owner].item()
-        origin = self._origins[int(np.searchsorted(self._index.bounds, owner, side="right"))]
+        _, xxh3, length, place = self._index.record(owner)
+        origin = self._origins[int(self._index.sources(owner))]
         return origin.records.payload(origin.source, origin.disk, None, place * fmt.ALIGNMENT, length, xxh3)
 
 
-def _changes_of(records: RunRecords, disk: int, first: int, last: int) -> list[tuple[Owners, _Origin]]:
-    """What changed a disk in a run's part, by source."""
-    notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
-    voided = np.concatenate([rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes]) if notes else np.empty(0, np.uint64)
-    return [
-        (owners_of(rows[effective(rows, disk, last, voided)], source.name), _Origin(records, source, disk))
-        for source, rows in records.select(disk, first, last)
-    ]
+def _layers(legs: Sequence[tuple[RunRecords, int, int, int]]) -> tuple[list[Layer], list[_Origin]]:
+    """What (records, disk, first seq, last seq) of each leg changed, and where the layers' records come from."""
+    origins: list[_Origin] = []
+
+    def changes() -> Iterator[Owners]:
+        for records, disk, first, last in legs:
+            notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
+            voided = np.concatenate([np.empty(0, np.uint64), *(rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes)])
+            for source, rows in records.select(disk, first, last):
+                origins.append(_Origin(records, source, disk))
+                yield owners_of(rows, effective(rows, disk, last, voided), source.name)
+
+    return list(layers_of(changes())), origins
+
+
+def _owned_before(extents: NDArray[np.void], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many bytes in front of each offset belong to records."""
+    starts = np.append(extents["start"], np.iinfo(np.int64).max)
+    lengths = np.append(extents["length"], np.uint32(0)).astype(np.int64)
+    before = np.cumsum(lengths) - lengths
+    at = np.searchsorted(starts, offsets)
+    # The extent in front may reach beyond the offset.
+    last = np.maximum(at - 1, 0)
+    reach = np.where(at > 0, starts[last] + lengths[last] - offsets, 0)
+    owned: NDArray[np.int64] = before[at] - np.maximum(reach, 0)
+    return owned
