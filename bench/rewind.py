@@ -31,9 +31,9 @@ _GIB = 1 << 30
 
 
 @contextmanager
-def _served(config: Path) -> Iterator[str]:
+def served(config: Path) -> Iterator[str]:
     """Capture runs; yields the disk's URI."""
-    process = subprocess.Popen([VMREWIND, "capture", config], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([VMREWIND, "capture", config], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None, "it was asked for"
     try:
         yield str(json.loads(process.stdout.readline())["disks"]["vda"]["uri"])
@@ -43,8 +43,9 @@ def _served(config: Path) -> Iterator[str]:
         process.stdout.close()
 
 
-def _fio(where: Sequence[str], size: int, amount: int, block: str) -> None:
-    words = ["fio", "--name=load", *where, f"--size={size}", f"--io_size={amount}", "--rw=randwrite", f"--bs={block}"]
+def fio(where: Sequence[str], size: int, amount: int, block: str, pattern: str = "randwrite") -> None:
+    """Write random data to where fio's words tell."""
+    words = ["fio", "--name=load", *where, f"--size={size}", f"--io_size={amount}", f"--rw={pattern}", f"--bs={block}"]
     subprocess.run([*words, "--iodepth=16", "--refill_buffers"], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -88,11 +89,11 @@ def measure(directory: Path, size: int, filled: int, written: int, rounds: int, 
         f'name = "rewind"\n[protection]\nenabled = true\nrepository = "repository"\njournal_size = {3 * written + (1 << 28)}\n'
         f'[[protection.disk]]\ntarget = "vda"\nimage = {json.dumps(str(image))}\n'
     )
-    _fio(["--ioengine=psync", f"--filename={image}"], size, filled, "1m")
+    fio(["--ioengine=psync", f"--filename={image}"], size, filled, "1m")
     _copy(image, before)
-    with _served(config) as uri:
+    with served(config) as uri:
         then = datetime.now(UTC).isoformat()
-        _fio(["--ioengine=nbd", f"--uri={uri}"], size, written, "4k")
+        fio(["--ioengine=nbd", f"--uri={uri}"], size, written, "4k")
     _copy(image, after)
     runs = [run["run"] for run in json.loads(vmrewind("timeline", config, "--json").stdout)["runs"]]
     plan = json.loads(vmrewind("rewind", config, "--to", then, "--dry-run", "--json").stdout)["disks"]["vda"]

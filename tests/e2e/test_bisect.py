@@ -16,6 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guests.images import ext4_image
+from guests.initramfs import initramfs
+from guests.kernel import linux
+from guests.machine import qemu_command
 from tests.history_tools import VM, MadeHistory, exit_code_of_main
 from vmrewind.journal.runs import Discontinuity
 from vmrewind.recover.bisect import Verdict, narrow
@@ -30,14 +33,17 @@ Bisect = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 @pytest.fixture
 def bisect(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bisect:
-    def run(made: MadeHistory, first: int, last: int, script: str, *more: str) -> tuple[int, list[dict[str, Any]]]:
+    def run(
+        made: MadeHistory, first: int, last: int, script: str | None, *more: str, qemu: list[str] | None = None
+    ) -> tuple[int, list[dict[str, Any]]]:
         config = made.directory / f"{VM}.toml"
         config.write_text(
-            f'name = "{VM}"\n[protection]\nenabled = true\nrepository = "{made.repository_path}"\n'
+            f'name = "{VM}"\n[qemu]\ncommand = {json.dumps(qemu or ["true"])}\n'
+            f'[protection]\nenabled = true\nrepository = "{made.repository_path}"\n'
             f'journal = "{made.journal}"\n[[protection.disk]]\ntarget = "vda"\nimage = "{made.directory}/vda.raw"\n'
         )
         words = ["bisect", str(config), "--from", f"seq:{first}", "--to", f"seq:{last}", "--json", *more]
-        monkeypatch.setattr(sys, "argv", ["vmrewind", *words, "--", "sh", "-c", script])
+        monkeypatch.setattr(sys, "argv", ["vmrewind", *words, *(["--", "sh", "-c", script] if script else [])])
         capfd.readouterr()
         code = exit_code_of_main()
         return code, [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -187,3 +193,24 @@ def test_the_answer_is_right_whatever_is_skipped(drawn: tuple[int, int, set[int]
     assert set(range(good + 1, bad)) <= unknown
     if not unknown:
         assert len(tried) <= math.ceil(math.log2(count)) + 1
+
+
+def test_the_write_after_which_it_does_not_boot_is_found(tmp_path: Path, bisect: Bisect) -> None:
+    made = MadeHistory(tmp_path, {"vda": 2 * MIB})
+    made.disk("vda").content[:] = ext4_image(tmp_path / "ext4.raw", 2 * MIB).read_bytes()
+    made.start()
+    first = made.infos[made.run].first_seq
+    made.write("vda", 2 * MIB - 4096, b"1" * 512)
+    broken = made.write("vda", 1024 + 0x38, b"\0" * 2)
+    last = made.stop().seq
+    script = "mount -t ext4 /dev/vda /mnt && { mkdir /mnt/new && echo ALIVE; }"
+    command = qemu_command(tmp_path / "serial", linux().kernel, initramfs(script))
+    code, lines = bisect(made, first, last, None, "--boot", "--until", "ALIVE", "--scratch", str(tmp_path), qemu=command)
+    assert code == 0 and lines[-1]["exact"] and lines[-1]["first_bad"]["seq"] == broken
+    assert all((test["verdict"] == "good") == (test["seq"] < broken) for test in lines[:-1])
+    for more, words in ((["--boot", "--disk", "vda"], "all of its disks"), (["--until", "x"], "no command"), ([], "no command")):
+        code, lines = bisect(made, first, last, None, *more, qemu=command)
+        assert code == 2 and words in lines[-1]["message"]
+    assert "two tests" in bisect(made, first, last, "exit 0", "--boot", qemu=command)[1][-1]["message"]
+    code, lines = bisect(made, first, last, None, "--boot", qemu=["qemu-system-x86_64", "-machine", "nothing"])
+    assert code == 10 and "unsupported machine" in lines[-1]["message"], "that QEMU refuses the machine tells nothing of the moment"

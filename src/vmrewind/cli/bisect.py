@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -23,9 +24,14 @@ from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.recover.bisect import Change, Changes, Verdict, narrow
-from vmrewind.recover.exporting import exported
+from vmrewind.recover.boot_machine import configuration, nodes_at
+from vmrewind.recover.chunk_cache import ChunkCache
+from vmrewind.recover.drill import boot_until
+from vmrewind.recover.drill_machine import machine_of
+from vmrewind.recover.exporting import Exported, exported
 from vmrewind.start.environment import users_umask
-from vmrewind.start.resolve import VM_HELP, open_any
+from vmrewind.start.resolve import VM_HELP, StoredVm, open_any
+from vmrewind.vmconfig.model import VmConfig
 
 _SKIP: Final = 125
 _ABORT: Final = 128
@@ -39,6 +45,13 @@ def bisect(
     from_: Annotated[str, Parameter(name="--from", allow_leading_hyphen=True, help=f"A moment that is known to be good: {FORMS}.")],
     to: Annotated[str, Parameter(allow_leading_hyphen=True, help="A later moment that is known to be bad.")],
     disk: Annotated[list[str] | None, Parameter(negative="", help="Only this disk (may be repeated).")] = None,
+    boot: Annotated[
+        bool, Parameter(negative="", help="Instead of a command: boot each moment, without a network; good is what gives a sign.")
+    ] = False,
+    until: Annotated[
+        str | None, Parameter(help="With --boot: this text on the serial console is the sign; default: the guest agent's answer.")
+    ] = None,
+    seconds: Annotated[int | None, Parameter(help="With --boot: how long to wait for it; default: 300.")] = None,
     writable: Annotated[
         bool, Parameter(negative="", help="Let the command write, each time into a scratch file; history stays as it is.")
     ] = False,
@@ -48,17 +61,23 @@ def bisect(
     branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print each test and the result as JSON objects, one a line.")] = False,
 ) -> int:
-    """Find the first write after which COMMAND fails, as `git bisect run` finds a commit.
+    """Find the first write after which COMMAND fails, or the VM does not boot any more, as `git bisect run` finds a commit.
 
     COMMAND finds the disks of each moment at VMREWIND_URI_VDA and so on (VMREWIND_URI if there is one disk), and the moment in
     VMREWIND_SEQ and VMREWIND_TIME. Exit code 0 means good, 125 that this moment cannot be tested, 128 and more ends the search,
     anything else bad.
     """
-    if not command:
-        raise UsageError("no command to test with", "write it behind `--`: vmrewind bisect VM --from M1 --to M2 -- COMMAND")
-    if scratch is not None and not writable:
+    if bool(command) == boot:
+        way = "write a command behind `--`: vmrewind bisect VM --from M1 --to M2 -- COMMAND; or --boot in its place"
+        raise UsageError("a command and --boot are two tests" if boot else "no command to test with", way)
+    if not boot and (until, seconds) != (None, None):
+        raise UsageError("--until and --seconds are for --boot", "leave them out, or add --boot")
+    if boot and disk is not None:
+        raise UsageError("a machine boots with all of its disks", "leave --disk out")
+    if scratch is not None and not (writable or boot):
         raise UsageError("--scratch is for --writable", "leave it out, or add --writable")
     found = open_any(vm)
+    known = None if isinstance(found, StoredVm) else found.config
     with found.history() as history, ending_by_signals():
         chosen = Chosen.of(found.name, history, branch, disk)
         targets = chosen.targets
@@ -70,24 +89,80 @@ def bisect(
             )
         runtime = VmPaths(found.name).runtime
         private_directory(runtime)
-        directory = (scratch or Path(tempfile.gettempdir())) if writable else None
-        tester = _Tester(history, targets, command, runtime / f"bisect-{os.getpid()}.sock", directory, json=json)
-        tester.expect(one, Verdict.GOOD, "--from")
-        tester.expect(other, Verdict.BAD, "--to")
-        if not json:
-            print(f"{len(changes)} writes in between", flush=True)
-        good, bad = narrow(len(changes), lambda at: tester.test(changes[at].position))
+        directory = scratch or Path(tempfile.gettempdir())
+        with closing(ChunkCache(directory)) as cache:
+            socket = runtime / f"bisect-{os.getpid()}.sock"
+            test = _Boot(history, known, targets, until, seconds or 300) if boot else _Command(targets, command, json=json)
+            tester = _Tester(history, targets, test, socket, cache, directory if writable or boot else None, json=json)
+            tester.expect(one, Verdict.GOOD, "--from")
+            tester.expect(other, Verdict.BAD, "--to")
+            if not json:
+                print(f"{len(changes)} writes in between", flush=True)
+            good, bad = narrow(len(changes), lambda at: tester.test(changes[at].position))
         return _tell(changes, good, bad, one, tester.tests, json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """The user's command as a test."""
+
+    targets: Sequence[str]
+    command: Sequence[str]
+    json: bool
+
+    def test(self, serving: Exported, position: Position) -> int:
+        """Its exit code. Raises UsageError if it cannot be run."""
+        environment = {f"VMREWIND_URI_{target.upper().replace('-', '_')}": uri for target, uri in serving.uris.items()}
+        if len(environment) < len(self.targets):
+            raise UsageError("two disks differ in - and _ alone, which variables cannot", "name one of them with --disk")
+        if len(self.targets) == 1:
+            environment["VMREWIND_URI"] = next(iter(serving.uris.values()))
+        environment |= {"VMREWIND_SEQ": str(position.seq), "VMREWIND_TIME": format_time(position.time_ns)}
+        try:
+            done = subprocess.run(
+                self.command,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                # With --json standard output is for objects alone.
+                stdout=sys.stderr if self.json else None,
+                umask=users_umask(),
+                check=False,
+            )
+        except OSError as error:
+            raise UsageError(f"{self.command[0]}: {error.strerror}", "behind `--` comes the command that tests") from error
+        return done.returncode
+
+
+@dataclass(frozen=True, slots=True)
+class _Boot:
+    """Whether it boots as a test: in the drill's machine, from what is served."""
+
+    history: History
+    known: VmConfig | None
+    targets: Sequence[str]
+    until: str | None
+    seconds: int
+
+    def test(self, serving: Exported, position: Position) -> int:
+        """0 if the sign came, 1 if not. Raises ConfigError, and StartError if QEMU does not take the machine."""
+        stored = configuration(self.history, self.known, position)
+        machine = machine_of(stored.document, stored.suffix, stored.origin)
+        formats = {disk.target: disk.format for disk in self.history.runs[position.run].disks if disk.target in self.targets}
+        nodes = nodes_at(serving.socket, formats)
+        passed, outcome, _ = boot_until(lambda agent: machine.watched(nodes, agent), self.until, self.seconds)
+        print(f"bisect: seq {position.seq}: {outcome}", file=sys.stderr, flush=True)
+        return 0 if passed else 1
 
 
 @dataclass(slots=True)
 class _Tester:
-    """Serves a moment, runs the command, and tells how that went."""
+    """Serves a moment, has it tested, and tells how that went."""
 
     history: History
     targets: Sequence[str]
-    command: Sequence[str]
+    subject: _Command | _Boot
     socket: Path
+    cache: ChunkCache
     scratch: Path | None
     json: bool
     tests: int = 0
@@ -99,7 +174,7 @@ class _Tester:
             if verdict is Verdict.GOOD:
                 said = "is good still"
             raise UsageError(
-                f"the command says that {option}, {format_time(position.time_ns)} (seq:{position.seq}), {said}",
+                f"the test says that {option}, {format_time(position.time_ns)} (seq:{position.seq}), {said}",
                 "--from must be a good moment, --to a later, bad one",
             )
 
@@ -122,33 +197,18 @@ class _Tester:
         return verdict
 
     def _run(self, position: Position) -> int:
-        """The command's exit code; that of a moment to skip if the command read what cannot be had: its word means nothing then."""
+        """The test's exit code; that of a moment to skip if it read what cannot be had: its word means nothing then."""
         unreadable = []
 
         def complain(what: str) -> None:
             unreadable.append(what)
             print(f"bisect: seq {position.seq}: {what}", file=sys.stderr, flush=True)
 
-        with exported(self.history, self.targets, position, self.socket, scratch=self.scratch, complain=complain) as serving:
-            environment = {f"VMREWIND_URI_{target.upper().replace('-', '_')}": uri for target, uri in serving.uris.items()}
-            if len(environment) < len(self.targets):
-                raise UsageError("two disks differ in - and _ alone, which variables cannot", "name one of them with --disk")
-            if len(self.targets) == 1:
-                environment["VMREWIND_URI"] = next(iter(serving.uris.values()))
-            environment |= {"VMREWIND_SEQ": str(position.seq), "VMREWIND_TIME": format_time(position.time_ns)}
-            try:
-                done = subprocess.run(
-                    self.command,
-                    env=os.environ | environment,
-                    stdin=subprocess.DEVNULL,
-                    # With --json standard output is for objects alone.
-                    stdout=sys.stderr if self.json else None,
-                    umask=users_umask(),
-                    check=False,
-                )
-            except OSError as error:
-                raise UsageError(f"{self.command[0]}: {error.strerror}", "behind `--` comes the command that tests") from error
-        return _SKIP if unreadable else done.returncode
+        with exported(
+            self.history, self.targets, position, self.socket, cache=self.cache, scratch=self.scratch, complain=complain
+        ) as serving:
+            code = self.subject.test(serving, position)
+        return _SKIP if unreadable else code
 
 
 def _described(change: Change) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from vmrewind.journal.runs import Position, private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.recover.boot import run_machine
 from vmrewind.recover.boot_machine import Stored, configuration, qemu_line
+from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.recover.keep import Keeping, KeptVm
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt, qemu_owner
@@ -105,8 +106,11 @@ def boot(
             if libvirt:
                 # Before any thread starts: they inherit it, and the signals wait for ``sigtimedwait``.
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            cache = opened.enter_context(contextlib.closing(ChunkCache(directory)))
             serving = opened.enter_context(
-                exported(history, list(formats), position, paths.nbd_socket, scratch=directory, owner=owner, complain=say)
+                exported(
+                    history, list(formats), position, paths.nbd_socket, cache=cache, scratch=directory, owner=owner, complain=say
+                )
             )
             if libvirt:
                 _run_domain(connect, stored, own, formats, serving.socket, wires, ready)

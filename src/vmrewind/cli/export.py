@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import private_directory
 from vmrewind.paths import VmPaths
+from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.start.resolve import open_any
 
@@ -50,7 +52,7 @@ def export(
         chosen = Chosen.of(found.name, history, branch, disk)
         targets, position = chosen.targets, chosen.at(at)
         kind = kind_of(history, chosen.branch, at, position)
-        directory = (scratch or Path(tempfile.gettempdir())) if writable else None
+        directory = scratch or Path(tempfile.gettempdir())
         signals = {signal.SIGINT, signal.SIGTERM}
         # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -59,7 +61,11 @@ def export(
         def complain(what: str) -> None:
             print(f"export: {what}", file=sys.stderr, flush=True)
 
-        with exported(history, targets, position, path, scratch=directory, complain=complain) as serving:
+        changes = directory if writable else None
+        with (
+            closing(ChunkCache(directory)) as cache,
+            exported(history, targets, position, path, cache=cache, scratch=changes, complain=complain) as serving,
+        ):
             uris = serving.uris
             if json:
                 served = {target: {"uri": uris[target], "size": serving.disks[target].size} for target in targets}

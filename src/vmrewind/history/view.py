@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import xxhash
@@ -60,7 +60,7 @@ class View:
         self._manifest = manifest
         self._index = index
         self._origins = origins
-        self._chunks: Lru[bytes] = Lru(_CHUNKS_BYTES_MAX, len)
+        self._chunks: Lru[bytes | memoryview] = Lru(_CHUNKS_BYTES_MAX, len)
         self._payloads: Lru[bytes] = Lru(_PAYLOADS_BYTES_MAX, len)
         self.disk = info
         self.size = info.size
@@ -68,7 +68,7 @@ class View:
         self.base_id = manifest.id
 
     @classmethod
-    def open(cls, history: History, target: str, position: Position) -> View:
+    def open(cls, history: History, target: str, position: Position) -> Self:
         """Compose the view. Raises MomentError if the position is not covered, RepositoryError and CorruptionError for what
         cannot be read."""
         branch = history.branch_of_run(position.run)
@@ -137,7 +137,7 @@ class View:
         if at < end:
             yield at, end
 
-    def read_chunk(self, chunk_id: str) -> bytes:
+    def read_chunk(self, chunk_id: str) -> bytes | memoryview:
         """A chunk of the base, verified; raises RepositoryError, CorruptionError."""
         repository = self._history.reachable_repository(f"base {self._manifest.id} of disk {self.disk.target}")
         return repository.read_chunk(chunk_id)
@@ -247,7 +247,7 @@ class View:
             at = extent.offset - origin
             buffer[at : at + extent.length] = memoryview(chunk)[within : within + extent.length]
 
-    def _chunk(self, number: int) -> bytes:
+    def _chunk(self, number: int) -> bytes | memoryview:
         chunk_id = self._manifest.chunks[number]
         assert chunk_id is not None, "zero chunks are not read"
         return self.read_chunk(chunk_id)

@@ -46,11 +46,16 @@ def qemu_line(
     """
     machine = machine_of(stored.document, stored.suffix, stored.origin)
     wires = ["-nic", "none"] if network is None else _wires(machine, network)
-    nodes = {target: _node(target, kind, socket) for target, kind in formats.items()}
+    nodes = nodes_at(socket, formats)
     command = machine.with_nodes(nodes) + wires
     command += ["-name", name, "-uuid", str(uuid.uuid4())]
     command += ["-chardev", "stdio,id=console", "-serial", "chardev:console"]
     return command, machine.left_out
+
+
+def nodes_at(socket: Path, formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Block nodes by target of the disks that are served there. ``formats``: of the disks, by target."""
+    return {target: _node(target, kind, socket) for target, kind in formats.items()}
 
 
 def _node(target: str, kind: str, socket: Path) -> dict[str, Any]:

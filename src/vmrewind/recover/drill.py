@@ -15,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def drill(history: History, targets: Sequence[str], position: Position, wanted: 
         restored = restore(history, targets, position, directory, progress)
         restore_seconds = time.monotonic() - begun
         begun = time.monotonic()
-        passed, outcome, console = _boot(machine, restored.disks, wanted)
+        passed, outcome, console = boot_until(lambda fd: machine.with_disks(restored.disks, fd), wanted.until, wanted.seconds)
         boot_seconds = time.monotonic() - begun
     tail = "\n".join(console.splitlines()[-_TAIL_LINES:])
     return Result(passed, outcome, restored.disks, restore_seconds, boot_seconds, machine.left_out, tail)
@@ -136,11 +136,14 @@ def _check_space(history: History, targets: Sequence[str], position: Position, d
         )
 
 
-def _boot(machine: DrillMachine, disks: Sequence[RestoredDisk], wanted: Wanted) -> tuple[bool, str, str]:
-    """(whether the sign came, what was seen, the console). Raises StartError if QEMU does not take the machine."""
+def boot_until(command_with: Callable[[int], list[str]], until: str | None, seconds: float) -> tuple[bool, str, str]:
+    """(whether the sign came, what was seen, the console) of a QEMU, which is ended then. ``until`` and ``seconds`` as ``Wanted``.
+
+    ``command_with``: its command line, given the descriptor of the guest agent's end. Raises StartError if it does not take that.
+    """
     ours, theirs = socket.socketpair()
     with ours, theirs, tempfile.TemporaryFile() as complaints:
-        command = machine.with_disks(disks, theirs.fileno())
+        command = command_with(theirs.fileno())
         # QEMU must not outlive us, whatever ends us.
         guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
         if shutil.which(command[0]) is None:
@@ -156,7 +159,7 @@ def _boot(machine: DrillMachine, disks: Sequence[RestoredDisk], wanted: Wanted) 
         )
         theirs.close()
         try:
-            passed, outcome, console = _watch(process, ours, wanted)
+            passed, outcome, console = _watch(process, ours, until, seconds)
         finally:
             with _uninterrupted():
                 process.kill()
@@ -175,15 +178,15 @@ def _boot(machine: DrillMachine, disks: Sequence[RestoredDisk], wanted: Wanted) 
     return passed, outcome, console + said
 
 
-def _watch(process: subprocess.Popen[bytes], agent: socket.socket, wanted: Wanted) -> tuple[bool, str, str]:
+def _watch(process: subprocess.Popen[bytes], agent: socket.socket, until: str | None, seconds: float) -> tuple[bool, str, str]:
     assert process.stdout is not None, "it is a pipe"
     out = process.stdout.fileno()
     agent.setblocking(False)
-    sign = wanted.until.encode() if wanted.until is not None else None
+    sign = until.encode() if until is not None else None
     console, said = b"", b""
     question = json.dumps({"execute": "guest-sync", "arguments": {"id": os.getpid()}}).encode() + b"\n"
     answer = json.dumps({"return": os.getpid()}).encode()
-    deadline = time.monotonic() + wanted.seconds
+    deadline = time.monotonic() + seconds
     ask_at = 0.0
     waiting = [out, agent.fileno()]
     while (now := time.monotonic()) < deadline:
@@ -205,9 +208,9 @@ def _watch(process: subprocess.Popen[bytes], agent: socket.socket, wanted: Wante
                 return False, f"the machine ended before the sign came (exit code {process.wait()})", _text(console)
             console = (console + data)[-_CONSOLE_MAX:]
             if sign is not None and sign in console:
-                return True, f"{wanted.until!r} appeared on the serial console", _text(console)
-    missing = "the guest agent did not answer" if sign is None else f"{wanted.until!r} did not appear on the serial console"
-    return False, f"{missing} within {wanted.seconds:g} s", _text(console)
+                return True, f"{until!r} appeared on the serial console", _text(console)
+    missing = "the guest agent did not answer" if sign is None else f"{until!r} did not appear on the serial console"
+    return False, f"{missing} within {seconds:g} s", _text(console)
 
 
 def _text(console: bytes) -> str:

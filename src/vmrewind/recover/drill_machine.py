@@ -60,6 +60,10 @@ class DrillMachine:
         for disk in disks:
             file = {"driver": "file", "filename": str(disk.path), "discard": "unmap"}
             nodes[disk.target] = {"driver": disk.format, "node-name": disk.target, "discard": "unmap", "file": file}
+        return self.watched(nodes, agent_fd)
+
+    def watched(self, nodes: Mapping[str, Mapping[str, Any]], agent_fd: int) -> list[str]:
+        """The same with a disk for each block node, by target."""
         command = [*self.with_nodes(nodes), "-no-reboot", "-nic", "none"]
         command += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
         command += ["-chardev", f"socket,id=agent,fd={agent_fd}", "-device", "virtio-serial-pci,id=agent-bus"]

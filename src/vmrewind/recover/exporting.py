@@ -11,6 +11,7 @@ from urllib.parse import quote
 from vmrewind.history.history import History
 from vmrewind.history.view import View
 from vmrewind.journal.runs import Position
+from vmrewind.recover.chunk_cache import ChunkCache, ServedView
 from vmrewind.recover.export_server import ExportServer
 from vmrewind.recover.scratch import Scratch
 from vmrewind.start.children import listen
@@ -36,18 +37,21 @@ def exported(
     position: Position,
     path: Path,
     *,
+    cache: ChunkCache,
     scratch: Path | None,
     complain: Callable[[str], None],
     owner: tuple[int, int] | None = None,
 ) -> Iterator[Exported]:
     """Serve the disks at ``path``, whose directory is there. ``scratch``: the directory for changes, None for read-only.
 
-    ``owner``: (uid, gid) of a QEMU that runs as another user. Threads begin here and end with the block.
+    ``cache``: may be other moments' too, and outlives the block. ``owner``: (uid, gid) of a QEMU that runs as another user. Threads
+    begin here and end with the block.
     """
     with ExitStack() as held:
         disks: dict[str, View | Scratch] = {}
         for target in targets:
-            view = View.open(history, target, position)
+            view = ServedView.open(history, target, position)
+            view.cache = cache
             disks[target] = view if scratch is None else Scratch(view, scratch)
             if isinstance(disk := disks[target], Scratch):
                 held.callback(disk.close)
