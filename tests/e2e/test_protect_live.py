@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,7 @@ def test_whatever_comes_in_between_the_guest_runs_on_without_an_error(host: Libv
     assert "was resumed as it was, unprotected" in answer["message"] and str(there) in answer["message"] and answer["hint"]
     away.rename(there)
     assert not runs_protected(host) and host.stored_xml("web01") == stored
+    assert not list(journal.glob("*.seg"))
     next_acknowledged(console)
     spoil = f"[ -f {journal} ] || {{ mv {journal} {journal}.was && touch {journal}; }}"
     answer = json.loads(interposed(host, monkeypatch, f"before create {spoil}", ConfigError.exit_code))
@@ -239,6 +241,50 @@ def test_killed_while_the_domain_is_started_it_comes_up_protected(
     assert refused.returncode == VmStateError.exit_code and "runs protected already" in json.loads(refused.stdout)["message"]
     # QEMU's user still gets at the socket, should it have to connect again
     assert VmPaths("web01").runtime.stat().st_mode & 0o777 == 0o710
+
+
+def test_a_domain_that_cannot_be_brought_back_is_resumed_by_the_command_that_is_named(
+    host: LibvirtHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle_domain(host)
+    stored = host.stored_xml("web01")
+    host.virsh("start", "web01")
+    answer = json.loads(interposed(host, monkeypatch, "before create false", VmrewindError.exit_code))
+    assert "could not be brought back" in answer["message"] and "its memory is saved" in answer["message"]
+    assert host.virsh("domstate", "web01").stdout.strip() == "shut off"
+    host.run("sh", "-c", answer["hint"].partition(": ")[2])
+    assert not runs_protected(host)
+    assert "urn:vmrewind" in host.stored_xml("web01")
+    host.vmrewind(*live(host))
+    assert runs_protected(host)
+    host.virsh("destroy", "web01")
+    host.vmrewind("unprotect", "web01")
+    assert host.stored_xml("web01") == stored
+    # resumed from a memory that is older than the disks, it would destroy them
+    host.virsh("start", "web01")
+    events = VmPaths("web01").events(1 << 63)
+    went_on = f"""echo '{{"event": "cpu.started"}}' >{events}; false"""
+    answer = json.loads(interposed(host, monkeypatch, f"before create {went_on}", VmrewindError.exit_code))
+    assert "does not fit its disks" in answer["message"] and "managedsave-remove" in answer["hint"]
+    assert host.virsh("domstate", "web01").stdout.strip() == "shut off"
+
+
+def test_libvirtd_dies_while_the_domain_is_saved_and_the_domain_comes_back(
+    host: LibvirtHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle_domain(host)
+    stored = host.stored_xml("web01")
+    host.virsh("start", "web01")
+    reached, go_on = host.directory / "reached", host.directory / "go-on"
+    wait = f"[ -e {reached} ] || {{ touch {reached}; until [ -e {go_on} ]; do sleep 0.05; done; }}"
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(interposed, host, monkeypatch, f"before create {wait}", LibvirtError.exit_code)
+        while not reached.exists():
+            assert not answer.done(), answer.result()
+        host.restart()
+        go_on.touch()
+        assert "was resumed as it was, unprotected" in answer.result()
+    assert not runs_protected(host) and host.stored_xml("web01") == stored
 
 
 def test_a_paused_domain_stays_paused_and_ctrl_c_comes_too_late(host: LibvirtHost, monkeypatch: pytest.MonkeyPatch) -> None:

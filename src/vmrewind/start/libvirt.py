@@ -260,6 +260,12 @@ class Domain:
             raise LibvirtError(f"domain {self.name!r}: {_message(error)}", "is libvirtd running?") from None
 
     @property
+    def paused(self) -> bool:
+        """Whether its CPU stands still."""
+        with self._asking("is libvirtd running?"):
+            return bool(self._handle.state()[0] == self._module.VIR_DOMAIN_PAUSED)
+
+    @property
     def nvram(self) -> Path | None:
         """The file with its firmware's variables, which libvirt leaves where it is."""
         try:

@@ -8,13 +8,14 @@ brings the domain back as it was.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from vmrewind.errors import ConfigError, LibvirtError, StartError, UsageError, VmrewindError, VmStateError
@@ -54,6 +55,10 @@ class Prepared:
     """Bytes a second that the storage took just now."""
     reconnect: bool
     snapshots: int
+    paused: bool
+    """Somebody had paused it."""
+    reserved: Sequence[Path]
+    """What the journal's space was reserved with just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +100,11 @@ def prepare(libvirt: Libvirt, uri: str, name: str, targets: Sequence[str], chang
     repository = check_history(config, paths)
     expected, largest = domain.memory_bytes
     check_space(largest)
-    hook = rehearse(config, paths, swapped.xml, libvirt.version)
     assert config.uuid is not None, "libvirt gives every domain one"
     repository.register(config.uuid)
-    return Prepared(uri, name, config, before, after, hook, expected, write_rate(expected), reconnect, domain.snapshots)
+    rate = write_rate(expected)
+    hook, reserved = rehearse(config, paths, swapped.xml, libvirt.version)
+    return Prepared(uri, name, config, before, after, hook, expected, rate, reconnect, domain.snapshots, domain.paused, reserved)
 
 
 def swap(xml: bytes, after: Rewritten, socket: str, *, reconnect: bool) -> Rewritten:
@@ -109,7 +115,7 @@ def swap(xml: bytes, after: Rewritten, socket: str, *, reconnect: bool) -> Rewri
     return protect_domain(xml, targets, socket=socket, reconnect=reconnect, changes=fields)
 
 
-@contextmanager
+@contextlib.contextmanager
 def claimed(name: str) -> Iterator[None]:
     """One such command for a domain at a time. Raises VmStateError."""
     paths = VmPaths(name)
@@ -129,7 +135,7 @@ def go(prepared: Prepared) -> Protected:
         return _Switch(prepared).go()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C and a closed terminal come too late for what happens in here: it ends with its report."""
     # ignored, and not masked: a mask would be this thread's alone
@@ -149,20 +155,21 @@ class _Switch:
         self._saved: bytes | None = None
         """The XML that the domain was saved with."""
         self._began = 0.0
+        self._saved_ns = 0
 
     def go(self) -> Protected:
         try:
             with Libvirt(self._prepared.uri) as libvirt:
                 self._store(libvirt)
                 domain = libvirt.domain(self._name)
-                self._began = time.monotonic()
+                self._began, self._saved_ns = time.monotonic(), time.time_ns()
                 domain.save()
                 self._saved = domain.saved_xml()
                 socket = str(self._paths.nbd_socket)
                 domain.define_saved(swap(self._saved, self._prepared.after, socket, reconnect=self._prepared.reconnect).xml)
                 domain.start()
                 pause_seconds = time.monotonic() - self._began
-        except VmrewindError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the domain must not stay down
             pause_seconds = self._bring_back(_plain(error))
         return self._protected(pause_seconds)
 
@@ -199,12 +206,17 @@ class _Switch:
             with self._reconnected() as libvirt:
                 domain = libvirt.domain(self._name)
                 if domain.active and has_protection(domain.running_xml()):
+                    if domain.paused != self._prepared.paused:
+                        raise LibvirtError(f"it is protected, and paused: virsh resume {self._name} lets it go on")
                     return time.monotonic() - self._began
                 outcome = self._resume_as_it_was(domain)
                 libvirt.define(self._prepared.before)
-        except VmrewindError as second:
-            raise self._stuck(error, second) from error
-        raise type(error)(f"{error}; {self._name} {outcome}", error.hint) from error
+        except Exception as second:  # noqa: BLE001 - whatever it is, the user must hear what helps
+            raise self._stuck(error, _plain(second)) from error
+        with contextlib.suppress(OSError):
+            for segment in self._prepared.reserved:
+                segment.unlink(missing_ok=True)
+        raise type(error)(f"{error}; {self._name} {outcome}", "mend what it names, then repeat the command") from error
 
     def _resume_as_it_was(self, domain: Domain) -> str:
         if domain.active:
@@ -212,23 +224,35 @@ class _Switch:
         if not domain.has_saved_state:
             return "has ended meanwhile; its XML is as it was"
         stop_keeper(self._paths)
+        if self._may_have_gone_on():
+            raise _GoneOn(
+                "it may have gone on, protected, after the save, and has ended: its saved memory does not fit its disks any more",
+                f"virsh managedsave-remove {self._name}, then virsh start: protected, as after a power failure",
+            )
         if self._saved is not None:
             domain.define_saved(self._saved)
-        # Its disks are as it left them: a start that fails ends before the CPU has run.
         domain.start()
         return "was resumed as it was, unprotected"
 
+    def _may_have_gone_on(self) -> bool:
+        """Whether a CPU was started since the save: libvirt forgets the saved state only after that."""
+        logs = (path for path in self._paths.events(0).parent.glob("*.jsonl") if path.stat().st_mtime_ns >= self._saved_ns)
+        return any('"event": "cpu.started"' in log.read_text() for log in logs)
+
     def _stuck(self, error: VmrewindError, second: VmrewindError) -> VmrewindError:
         """It could not be brought back either: say what does."""
+        if isinstance(second, _GoneOn):
+            return type(error)(f"{error}; {self._name} could not be brought back: {second}", second.hint)
         resume = f"virsh start {self._name}"
         if self._saved is not None:
             kept = self._paths.state / "before-live.xml"
-            write_durably(kept, self._saved)
-            resume = f"virsh managedsave-define {self._name} {kept} && {resume}"
+            with contextlib.suppress(OSError):
+                write_durably(kept, self._saved)
+                resume = f"virsh managedsave-define {self._name} {kept} && {resume}"
         return type(error)(
             f"{error}; and {self._name} could not be brought back: {words_of(second)}. Nothing is lost: "
             "if it does not run, its memory is saved, and its disks are as they were then",
-            f"virsh domstate {self._name}; {resume} resumes it as it was, unprotected",
+            f"unless it runs (virsh domstate {self._name}): {resume}",
         )
 
     def _reconnected(self) -> Libvirt:
@@ -243,11 +267,17 @@ class _Switch:
             time.sleep(_RECONNECT_POLL_SECONDS)
 
 
-def _plain(error: VmrewindError) -> VmrewindError:
-    """What the hook said, as an error of its own class, out of libvirt's report of it."""
+class _GoneOn(VmStateError):
+    """The saved memory may be older than the disks."""
+
+
+def _plain(error: Exception) -> VmrewindError:
+    """What the hook said, as an error of its own class, out of libvirt's report of it; any other error in our words."""
+    if not isinstance(error, VmrewindError):
+        return VmrewindError(f"{type(error).__name__}: {error}")
     found = _HOOK_FAILED.search(str(error))
     if found is None:
         return error
     classes = {cls.exit_code: cls for cls in VmrewindError.__subclasses__()}
     failed = classes.get(int(found[1]), StartError)
-    return failed(f"the protected start failed: {found[2].strip()}", "mend that, then repeat the command")
+    return failed(f"the protected start failed: {found[2].strip()}")

@@ -32,6 +32,7 @@ SAVED_STATES: Final = Path("/var/lib/libvirt/qemu/save")
 """Where the system libvirt keeps saved states; compiled into it."""
 PROBE_BYTES_MAX: Final = 64 << 20
 HOOK_SECONDS: Final = 60.0
+_RESERVED: Final = "free-*.seg"
 _SPARE_BYTES: Final = 64 << 20
 """Of a saved state, besides memory: the state of devices, and room for others."""
 
@@ -136,10 +137,10 @@ def write_rate(expected_bytes: int, directory: Path = SAVED_STATES) -> float | N
         return None
 
 
-def rehearse(config: VmConfig, paths: VmPaths, xml: bytes, libvirt_version: int) -> Installed:
+def rehearse(config: VmConfig, paths: VmPaths, xml: bytes, libvirt_version: int) -> tuple[Installed, Sequence[Path]]:
     """What a start needs on this host is there: hook, a capture that comes up, the journal's space. Raises.
 
-    ``xml``: what the domain is to run with.
+    ``xml``: what the domain is to run with. Returns the hook, and the files with which the journal's space was reserved now.
     """
     hook = install(libvirt_version)
     if hook.fresh and not reload_daemons():
@@ -156,8 +157,10 @@ def rehearse(config: VmConfig, paths: VmPaths, xml: bytes, libvirt_version: int)
         )
         await child.kill()
 
+    journal = storage_of(config)
+    there = set(journal.glob(_RESERVED))
     asyncio.run(capture())
-    return hook
+    return hook, sorted(set(journal.glob(_RESERVED)) - there)
 
 
 def _run_hook(hook: Path, name: str, xml: bytes) -> None:
