@@ -236,6 +236,8 @@ def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path:
         host.vmrewind("mark", "web01", "before")
         host.virsh("resume", "web01")
         console.wait_for("^GONE$")
+        refused = host.vmrewind("boot", "web01", "--at", "@before", "--keep", host.directory / "kept", check=False)
+        assert refused.returncode == 2 and "--keep is for VMs without libvirt" in refused.stderr
         log = host.directory / "boot.log"
         with log.open("wb") as output:
             process = host.popen("boot", "web01", "--at", "@before", "--json", stdout=output, stderr=output)

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from guests.protected import VMREWIND, vmrewind
+from tests.capture_tools import until
 from tests.e2e.test_start_after import Alone
+from tests.vm_tools import journal_records
 
 MIB = 1 << 20
 
@@ -49,6 +51,12 @@ def uri_of(ready: dict[str, Any]) -> str:
     return uri
 
 
+def everything(alone: Alone) -> tuple[list[dict[str, Any]], dict[Path, bytes], bytes]:
+    """The journal's records, the repository's objects, the image."""
+    objects = {path: path.read_bytes() for path in alone.repository.rglob("*") if path.is_file()}
+    return journal_records(alone.journal), objects, alone.image.read_bytes()
+
+
 @pytest.fixture
 def past(tmp_path: Path) -> Iterator[tuple[Alone, str, bytes]]:
     """A disk that is being written to, a moment, and what it held then."""
@@ -72,6 +80,16 @@ def test_a_moment_is_read_by_everyday_clients(past: tuple[Alone, str, bytes], tm
         assert (tmp_path / "copied.raw").read_bytes() == content
         run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, tmp_path / "converted.raw")
         assert (tmp_path / "converted.raw").read_bytes() == content
+        socket = uri.partition("socket=")[2]
+        listed = run("qemu-nbd", "--list", "--socket", socket).stdout
+        assert "export: 'vda'" in listed and f"size:  {len(content)}" in listed
+        # QEMU's own server as a client.
+        relay = Path(os.environ["VMREWIND_RUNTIME_DIR"]) / "relay.sock"
+        words = ["qemu-nbd", "--read-only", "--format=raw", "--socket", relay, uri]
+        relaying = subprocess.Popen([str(word) for word in words], stderr=subprocess.DEVNULL)
+        until(relay.exists, "qemu-nbd")
+        run("nbdcopy", f"nbd+unix:///?socket={relay}", tmp_path / "relayed.raw")
+        assert relaying.wait(60) == 0 and (tmp_path / "relayed.raw").read_bytes() == content
         told = json.loads(run("nbdinfo", "--json", uri).stdout)["exports"][0]
         assert told["is_read_only"] and told["export-size"] == len(content)
         mapped = json.loads(run("nbdinfo", "--map", "--json", uri).stdout)
@@ -93,6 +111,9 @@ def test_changes_go_into_a_scratch_file_and_history_stays(past: tuple[Alone, str
     alone, then, content = past
     expected = bytearray(content)
     (tmp_path / "scratch").mkdir()
+    # The VM stands still meanwhile; what it wrote before may still be on its way to the repository.
+    until(lambda: alone.status()["ship"]["unsent_bytes"] == 0, "everything to be shipped")
+    history = everything(alone)
     with exported(alone.config, "--at", then, "--writable", "--scratch", tmp_path / "scratch") as ready:
         uri = uri_of(ready)
         chosen = random.Random(7)
@@ -108,6 +129,7 @@ def test_changes_go_into_a_scratch_file_and_history_stays(past: tuple[Alone, str
         run("nbdcopy", uri, tmp_path / "changed.raw")
         assert (tmp_path / "changed.raw").read_bytes() == expected
         assert list((tmp_path / "scratch").iterdir()) == [], "a scratch file has no name, so a kill leaves nothing"
+    assert everything(alone) == history
     assert alone.restored(then) == content
     with exported(alone.config, "--at", then) as again:
         run("nbdcopy", uri_of(again), tmp_path / "again.raw")

@@ -211,7 +211,7 @@ def test_whoever_is_killed_at_whatever_instant_the_guest_is_thawed(tmp_path: Pat
         assert vmrewind("mark", vm.config, "after", "--quiesce").stdout.endswith(": quiesced\n")
 
 
-def test_a_freezer_or_a_capture_that_is_stopped_holds_the_guest_no_longer_than_ten_seconds(tmp_path: Path) -> None:
+def test_a_freezer_or_a_capture_that_is_stopped_or_dies_holds_the_guest_no_longer_than_ten_seconds(tmp_path: Path) -> None:
     with vm_with(tmp_path) as (vm, agent):
 
         def stop_the_freezer() -> int:
@@ -234,3 +234,16 @@ def test_a_freezer_or_a_capture_that_is_stopped_holds_the_guest_no_longer_than_t
             os.kill(keeping.capture.pid, signal.SIGCONT)
         assert agent.frozen_since is None and agent.frozen_seconds[0] < FROZEN_SECONDS_MAX
         assert bookmarks(vm) == []
+
+        def kill_capture() -> int:
+            frozen = agent.freeze()
+            now = running(VmPaths("web01"))
+            assert now is not None and now.capture is not None
+            os.kill(now.capture.pid, signal.SIGKILL)
+            return frozen
+
+        agent.reset(guest_fsfreeze_freeze=kill_capture)
+        done = vmrewind("mark", vm.config, "dead", "--quiesce", check=False)
+        assert agent.frozen_since is None and agent.frozen_seconds[0] < FROZEN_SECONDS_MAX
+        # The keeper may have replaced it in time; else nothing is marked.
+        assert [mark["name"] for mark in bookmarks(vm)] == ([] if done.returncode else ["dead"]), done.stderr
