@@ -54,6 +54,11 @@ class VmPaths:
         return self.state / "config.json"
 
     @property
+    def before_live(self) -> Path:
+        """The XML of a domain that ``protect --live`` saved and could not bring back."""
+        return self.state / "before-live.xml"
+
+    @property
     def default_journal(self) -> Path:
         """Where the journal is unless the configuration names another place."""
         return self.state / "journal"

@@ -255,8 +255,9 @@ def test_a_domain_that_cannot_be_brought_back_is_resumed_by_the_command_that_is_
     host.run("sh", "-c", answer["hint"].partition(": ")[2])
     assert not runs_protected(host)
     assert "urn:vmrewind" in host.stored_xml("web01")
+    assert VmPaths("web01").before_live.stat().st_mode & 0o777 == 0o600
     host.vmrewind(*live(host))
-    assert runs_protected(host)
+    assert runs_protected(host) and not VmPaths("web01").before_live.exists()
     host.virsh("destroy", "web01")
     host.vmrewind("unprotect", "web01")
     assert host.stored_xml("web01") == stored
@@ -285,6 +286,9 @@ def test_libvirtd_dies_while_the_domain_is_saved_and_the_domain_comes_back(
         go_on.touch()
         assert "was resumed as it was, unprotected" in answer.result()
     assert not runs_protected(host) and host.stored_xml("web01") == stored
+    # and if it is the domain that goes
+    ended = interposed(host, monkeypatch, "before managedSave virsh destroy web01", LibvirtError.exit_code)
+    assert "has ended meanwhile" in ended and host.stored_xml("web01") == stored
 
 
 def test_a_paused_domain_stays_paused_and_ctrl_c_comes_too_late(host: LibvirtHost, monkeypatch: pytest.MonkeyPatch) -> None:

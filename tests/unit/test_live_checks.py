@@ -9,6 +9,7 @@ import pytest
 from vmrewind.errors import ConfigError, ImageError, SpaceError, VmStateError
 from vmrewind.journal.runs import DiskInfo, RunInfo, run_path, write_durably
 from vmrewind.paths import VmPaths
+from vmrewind.start.live import claimed
 from vmrewind.start.live_checks import check_history, check_space, storage_of, write_rate
 from vmrewind.vmconfig.model import DiskConfig, Protection, VmConfig
 
@@ -53,3 +54,10 @@ def test_what_is_between_two_moments_is_refused(tmp_path: Path) -> None:
     write_durably(storage_of(wanted) / "restore-pending.json", b"{}")
     with pytest.raises(VmStateError, match="half restored"):
         check_history(wanted, VmPaths("web01"))
+
+
+def test_one_such_command_at_a_time() -> None:
+    with claimed("web01"), pytest.raises(VmStateError, match="by another command"), claimed("web01"):
+        pass
+    with claimed("web01"):
+        pass

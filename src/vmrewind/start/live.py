@@ -197,6 +197,7 @@ class _Switch:
                 f"{self._name} runs, and is NOT protected{': ' + why if why else ''}",
                 f"mend that, then shut it down and start it: vmrewind status {self._name}",
             )
+        self._paths.before_live.unlink(missing_ok=True)
         return Protected(read_run(storage_of(self._prepared.config), int(keeping.run, 16)), pause_seconds)
 
     def _bring_back(self, error: VmrewindError) -> float:
@@ -245,7 +246,7 @@ class _Switch:
             return type(error)(f"{error}; {self._name} could not be brought back: {second}", second.hint)
         resume = f"virsh start {self._name}"
         if self._saved is not None:
-            kept = self._paths.state / "before-live.xml"
+            kept = self._paths.before_live
             with contextlib.suppress(OSError):
                 write_durably(kept, self._saved)
                 resume = f"virsh managedsave-define {self._name} {kept} && {resume}"
