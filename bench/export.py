@@ -65,7 +65,7 @@ def _copied(uri: str) -> float:
 def _read(pattern: str, block: str, uri: str, seconds: float) -> float:
     """MiB a second."""
     words = ["fio", "--name=read", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}", f"--bs={block}", "--iodepth=16"]
-    words += ["--time_based", f"--runtime={seconds}s", "--output-format=json"]
+    words += ["--time_based", f"--runtime={int(seconds * 1000)}ms", "--output-format=json"]
     done = subprocess.run(words, check=True, stdout=subprocess.PIPE)
     # It says something in front of the object now and then.
     return float(json.loads(done.stdout[done.stdout.index(b"{") :])["jobs"][0]["read"]["bw_bytes"]) / _MIB

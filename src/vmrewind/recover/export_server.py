@@ -1,14 +1,17 @@
 """An NBD server of disks that are composed as they are read, with a few threads for each client.
 
-Unlike capture's it may wait: a read can mean a request to an object store. So requests of one client are carried out beside one
-another, and answered as they are done, which the protocol allows. A client's threads take turns at receiving: whoever has received
-a request carries it out while the next one receives. A client that does not take its replies holds up nobody but itself.
+Unlike capture's it may wait: a read can mean a request to an object store. So where it does, requests of one client are carried out
+beside one another, and answered as they are done, which the protocol allows. A client's threads take turns at receiving: who has
+received a request carries it out while the next one receives. As long as requests take no time, who is at it stays at it: threads
+that only compute keep one another waiting (measured as bench/export.py does: 0.95 to 1.65 times the rate of four at once). A client
+that does not take its replies holds up nobody but itself.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +27,9 @@ from vmrewind.recover.scratch import Scratch
 _REQUEST_LENGTH_MAX: Final = 32 << 20
 _THREADS: Final = 4
 """For each client, and so how many of its requests are carried out at a time; more are left in its socket."""
+_SLOW_SECONDS: Final = 0.005
+_SIDE_BY_SIDE: Final = 32
+"""So many requests after a slow one are carried out beside one another."""
 _CLIENTS_MAX: Final = 32
 _HANDSHAKE_SECONDS: Final = 10.0
 _EXTENTS_MAX: Final = 4096
@@ -157,6 +163,7 @@ class _Client:
         self._received = memoryview(bytes(handshake.buffer))
         self._complain = complain
         self._over = False
+        self._side_by_side = 0
         self._receiving = threading.Lock()
         self._sending = threading.Lock()
 
@@ -176,7 +183,12 @@ class _Client:
                 if request is None:
                     self._over = True
                     return
-            self._carry_out(request)
+                if alone := self._side_by_side == 0:
+                    self._carry_out(request)
+                else:
+                    self._side_by_side -= 1
+            if not alone:
+                self._carry_out(request)
 
     def _next(self) -> _Request | None:
         """The next request, None if the client said goodbye, is gone, or speaks something else."""
@@ -211,6 +223,7 @@ class _Client:
         return view
 
     def _carry_out(self, request: _Request) -> None:
+        begun = time.monotonic()
         try:
             try:
                 answer = self._answer(request)
@@ -227,6 +240,8 @@ class _Client:
                 self._sock.sendall(answer)
         except OSError:
             _shut(self._sock)  # The client has gone; its receiving end finds out.
+        if time.monotonic() - begun > _SLOW_SECONDS:
+            self._side_by_side = _SIDE_BY_SIDE
 
     def _answer(self, request: _Request) -> bytes | bytearray:
         if error := self._refusal(request):
