@@ -2,7 +2,8 @@
 
 The journal has the real format and is written by the real writer, but for its payloads, which are holes: zeroes that take no space,
 with their right checksums. So any amount of history fits, while record tables, which are all that opening reads, lie there as they
-would. Each measurement is a process of its own. The tables are in the page cache, because they have just been written.
+would. Each measurement is a process of its own. The tables are in the page cache, because they have just been written. It is opened
+first as capture leaves it, then with merged tables.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bench.machine import describe, one_line
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.history.rows import TABLE
+from vmrewind.history.stretches import merged_directory
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
@@ -66,21 +68,41 @@ def main(
     """Make a history, open it a few times, and once more under the profiler."""
     with tempfile.TemporaryDirectory(prefix="bench-views-", dir=directory) as name:
         made = _make(Path(name), records, disk_gib << 30, batch)
-        measured = [_in_a_process(Path(name)) for _ in range(repeats)]
-        profiled = _in_a_process(Path(name), "--profile")
+        measured = {"from segments": [_in_a_process(Path(name)) for _ in range(repeats)]}
+        profiled = {"from segments": _in_a_process(Path(name), "--profile")}
+        made["merging"] = _merged(Path(name))
+        measured["merged"] = [_in_a_process(Path(name)) for _ in range(repeats)]
+        profiled["merged"] = _in_a_process(Path(name), "--profile")
         machine = describe(Path(name))
     if json:
         print(_json(machine | {"made": made, "opened": measured}))
         return
     print(one_line(machine))
     print(f"{records} records, {disk_gib} GiB, {batch} a batch: {made['segments']} segments, written in {made['seconds']:.1f} s")
-    for figures in measured:
-        print("  " + ", ".join(f"{key} {value}" for key, value in figures.items()))
-    print(profiled["profile"])
+    print("merged: " + ", ".join(f"{key} {value}" for key, value in made["merging"].items()))
+    for how, runs in measured.items():
+        print(f"{how}:")
+        for figures in runs:
+            print("  " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        print(profiled[how]["profile"])
 
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content)
+
+
+def _merged(directory: Path) -> dict[str, Any]:
+    """Merge the tables, as the keeper has it done; what that costs and takes."""
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "vmrewind.history.merging", directory / "journal"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    tables = list(merged_directory(directory / "journal").iterdir())
+    return {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "tables": len(tables),
+        "bytes": sum(path.stat().st_size for path in tables),
+    }
 
 
 def _in_a_process(directory: Path, *more: str) -> dict[str, Any]:
@@ -112,12 +134,13 @@ def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")]
         view = timed("view", lambda: View.open(history, TARGET, position))
         figures["peak_bytes_above_imports"] = _peak_bytes() - before_bytes
         # Where something was written: anywhere else the base's zeroes are answered for.
-        at = np.random.default_rng(_SEED).choice(view._index.whole()["start"][:-1], _READS + 1) & -4096
+        at = np.random.default_rng(_SEED).choice(view._index._layers[0].extents[0][:-1], _READS + 1) & -4096
         timed("first_read", lambda: view.read(int(at[0]), 4096))
         timed(f"{_READS}_reads", lambda: [view.read(int(offset), 4096) for offset in at[1:]])
         figures["extents"] = len(view._index)
-        figures["bytes_per_extent"] = round(figures["peak_bytes_above_imports"] / max(figures["extents"], 1), 1)
+        figures["peak_bytes_per_extent"] = round(figures["peak_bytes_above_imports"] / max(figures["extents"], 1), 1)
         figures["held_bytes"] = _held_bytes() - before_bytes
+        figures["held_bytes_per_extent"] = round(figures["held_bytes"] / max(figures["extents"], 1), 1)
     for kind in ("seconds", "cpu_seconds"):
         steps = (figures[f"{step}_{kind}"] for step in ("history", "resolve", "view", "first_read"))
         figures[f"{kind}_to_first_byte"] = round(sum(steps), 3)

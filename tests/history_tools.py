@@ -198,6 +198,11 @@ class MadeHistory:
         self.writer.void([seq], index)
         self._note(own, self.writer.last_time_ns)
 
+    def close_segment(self) -> None:
+        """Go on in another segment."""
+        assert self.writer is not None
+        self.writer._roll(0)
+
     def _note(self, seq: int, time_ns: int) -> None:
         self.times[seq] = time_ns
         for disk in self.disks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vmrewind.errors import CorruptionError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
-from vmrewind.history.records import Piece, RunRecords, with_rows
+from vmrewind.history.records import Piece, RunRecords, with_notes, with_rows
 from vmrewind.history.rows import between
 from vmrewind.history.sources import DamagedObject
 from vmrewind.journal import format as fmt
@@ -57,7 +57,7 @@ class Flush:
 def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
     """The events on a branch, in order."""
     for leg in branch.legs:
-        for piece, rows in _readable(history.records(leg.info.run), None):
+        for piece, rows in _readable(history.records(leg.info.run), None, with_notes):
             for row in rows[rows["op"] == fmt.Op.EVENT]:
                 seq, kind = int(row["seq"]), int(row["flags"])
                 if kind not in _KINDS:
@@ -123,17 +123,19 @@ def flushes_before(history: History, branch: Branch, until: Position, count: int
     return found
 
 
-def _readable(records: RunRecords, disk: int | None) -> Iterator[tuple[Piece, Rows]]:
-    """The pieces of a disk (None: of the whole VM) with their rows, doing without damaged objects."""
+def _readable(
+    records: RunRecords, disk: int | None, read: Callable[[Sequence[Piece]], Iterator[tuple[Piece, Rows]]] = with_rows
+) -> Iterator[tuple[Piece, Rows]]:
+    """The pieces of a disk (None: of the whole VM) with what is ``read`` of them, doing without damaged objects."""
     while True:
         pieces = records.event_pieces() if disk is None else records.pieces(disk)
         try:
             # Once through, to find out; most tables stay in the cache for the second time.
-            deque(with_rows(pieces), maxlen=0)
+            deque(read(pieces), maxlen=0)
         except DamagedObject as error:
             records.leave_out(error)
             continue
-        return with_rows(pieces)
+        return read(pieces)
 
 
 def _on_branch(rows: Rows, cut: int | None) -> Rows:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from vmrewind.errors import CorruptionError, MomentError, RepositoryError, VmrewindError
 from vmrewind.history.branch import Branch, branch_of, choose_run, last_takeover, merge_runs, owners_run
@@ -24,6 +24,8 @@ from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Head, RunInfo, described_runs, local_runs, read_head
 from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.repository import VmRepository
+
+_TABLES_BYTES_MAX: Final = 64 << 20
 
 
 class History:
@@ -133,6 +135,12 @@ class History:
         """Close the segment files, which lets them be recycled."""
         for source in self._local:
             source.close()
+
+    def forget_tables(self) -> None:
+        """Let go of the local tables that were read, if they take much: a view that stands does not need them."""
+        if sum(source.kept_bytes for source in self._local) > _TABLES_BYTES_MAX:
+            for source in self._local:
+                source.forget()
 
     # -- runs and branches
 

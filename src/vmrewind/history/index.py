@@ -7,7 +7,7 @@ layers. It takes 16 bytes for an extent, and 24 for a record that owns any; the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -193,13 +193,33 @@ def layer_of(parts: Sequence[Owners]) -> Layer:
     return Layer((starts, lengths, numbers[owners]), records[used], counts)
 
 
-def layers_of(parts: Iterable[Owners]) -> Iterator[Layer]:
-    """The layers of sources in order. Many short sorts are quicker than a long one, and few records of a stretch overlap."""
-    pending: list[Owners] = []
-    for part in parts:
-        pending.append(part)
-        if sum(map(len, pending)) >= LAYER_RECORDS:
-            yield layer_of(pending)
-            pending.clear()
-    if pending:
-        yield layer_of(pending)
+class Layers:
+    """Gathers layers, the oldest first: whole ones, and between them records by source.
+
+    Many short sorts are quicker than a long one, and few records of a stretch overlap.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[Layer] = []
+        self._pending: list[Owners] = []
+
+    def add(self, part: Owners) -> None:
+        """The records of the next source, in order of seq."""
+        self._pending.append(part)
+        if sum(map(len, self._pending)) >= LAYER_RECORDS:
+            self._settle()
+
+    def put(self, layer: Layer) -> None:
+        """What the next sources made of the disk."""
+        self._settle()
+        self._made.append(layer)
+
+    def finish(self) -> list[Layer]:
+        """All of them."""
+        self._settle()
+        return self._made
+
+    def _settle(self) -> None:
+        if self._pending:
+            self._made.append(layer_of(self._pending))
+            self._pending = []

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from vmrewind.errors import CorruptionError
+from vmrewind.history.merged import MergedTable
 from vmrewind.history.rows import between, last_at, of_disk
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, Source
 from vmrewind.journal import format as fmt
@@ -72,9 +73,10 @@ class RunRecords:
         return self._pieces[disk]
 
     def leave_out(self, damaged: DamagedObject) -> None:
-        """Do without an object that turned out to be damaged."""
-        self.shipped.remove(damaged.source)
-        self._left_out.append((damaged.source, str(damaged)))
+        """Do without an object that turned out to be damaged, or with the part of a segment that can be read."""
+        if isinstance(damaged.source, ShippedSource):
+            self.shipped.remove(damaged.source)
+            self._left_out.append((damaged.source, str(damaged)))
         self._pieces.clear()
 
     def event_pieces(self) -> list[Piece]:
@@ -212,9 +214,31 @@ class RunRecords:
         for piece, rows in with_rows(self._within(disk, first, last)):
             yield piece.source, of_disk(between(rows, first, last), disk)
 
+    def stretches(self, disk: int, first: int, last: int) -> Iterator[tuple[MergedTable | None, list[Piece]]]:
+        """The pieces of [first, last], in order, those together of which a merged table tells what they made of the disks."""
+        pieces = self._within(disk, first, last)
+        single: list[Piece] = []
+        while pieces:
+            source = pieces[0].source
+            table = source.table if isinstance(source, LocalSource) else None
+            members = pieces[: len(table.members)] if table is not None else []
+            if table is None or members[-1].last > last or [piece.source for piece in members] != self._members(table):
+                single.append(pieces.pop(0))
+                continue
+            if single:
+                yield None, single
+                single = []
+            yield table, members
+            del pieces[: len(members)]
+        if single:
+            yield None, single
+
+    def _members(self, table: MergedTable) -> list[LocalSource]:
+        return [source for source in self.local if source.table is table]
+
     def notes(self, disk: int, first: int, last: int) -> Iterator[Rows]:
         """Those of the rows that ``select`` gives which tell something of others."""
-        for _, rows in _read_ahead(self._within(disk, first, last), lambda piece: piece.notes):
+        for _, rows in with_notes(self._within(disk, first, last)):
             yield of_disk(between(rows, first, last), disk)
 
     def _within(self, disk: int, first: int, last: int) -> list[Piece]:
@@ -244,6 +268,11 @@ class RunRecords:
 def with_rows(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:
     """Each piece with its rows, in order. The tables of shipped objects are fetched several at a time, some ahead."""
     return _read_ahead(pieces, lambda piece: piece.rows)
+
+
+def with_notes(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:
+    """Each piece with those of its rows that tell something of others, or of the whole."""
+    return _read_ahead(pieces, lambda piece: piece.notes)
 
 
 def _read_ahead(pieces: Sequence[Piece], read: Callable[[Piece], Rows]) -> Iterator[tuple[Piece, Rows]]:

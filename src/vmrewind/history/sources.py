@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import resource
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -12,7 +14,9 @@ import xxhash
 
 from vmrewind.errors import CorruptionError
 from vmrewind.history.cache import Lru
-from vmrewind.history.rows import RecordTables, notes_of
+from vmrewind.history.merged import Member, MergedTable
+from vmrewind.history.rows import RecordTables, between, notes_of
+from vmrewind.history.stretches import merged_directory, merged_stretches
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Record, Segment, SegmentFile, Tables, segment_files
 from vmrewind.journal.verify import later_batch
@@ -25,6 +29,7 @@ ALL_DISKS_MASK: Final = -1
 
 ROWS_BYTES_MAX: Final = 256 << 20
 """Of tables, some 5 million records."""
+_AGAIN: Final = "once more: what was noted of it before is not used any more"
 _DESCRIPTORS_SPARE: Final = 256
 _FRAMES_BYTES_MAX: Final = 8 * FRAME_SIZE
 """What an opened object keeps of its payload at most, bytes."""
@@ -80,43 +85,73 @@ class LocalSource:
         self.number = segment.header.number
         self.first = segment.header.first_seq
         self._is_last = is_last
+        self._table: MergedTable | None = None
+        self._last: int | None = None
+        self._notes: Rows | None = None
+
+    @property
+    def table(self) -> MergedTable | None:
+        """The merged table that tells what it holds, None if there is none: then the segment itself does."""
+        return self._table if self._table is not None and self._table.usable else None
+
+    def use(self, table: MergedTable, member: Member) -> None:
+        """Take a merged table's word for what the segment holds, which is never a run's last."""
+        self._table, self._member = table, member
 
     @functools.cached_property
-    def _scan(self) -> tuple[int, int, str | None]:
-        """(last seq, offset where the valid prefix ends, damage seen there)."""
+    def _read_once(self) -> tuple[RecordTables, int, str | None]:
+        """(tables, offset where the valid prefix ends, damage seen there)."""
         tables, damage = self._read()
-        self.__dict__["_tables"] = made = RecordTables(tables)
-        last = made.last_seq
-        return (last if last is not None else self.first - 1), tables.end, damage
-
-    @functools.cached_property
-    def _tables(self) -> RecordTables:
-        return RecordTables(self._read()[0])
+        return RecordTables(tables), tables.end, damage
 
     @property
     def last(self) -> int:
         """Seq of the last record of the valid prefix."""
-        return self._scan[0]
+        if self.table is not None:
+            return self._member.last_seq
+        if self._last is None:
+            last = self._read_once[0].last_seq
+            self._last = last if last is not None else self.first - 1
+        return self._last
 
     @property
     def end(self) -> int:
         """Offset in the file where the valid prefix ends."""
-        return self._scan[1]
+        return self._member.end if self.table is not None else self._read_once[1]
 
     @property
     def damage(self) -> str | None:
         """What the file itself shows to be wrong behind the valid prefix; only looked for in a run's last segment."""
-        return self._scan[2]
+        return self._read_once[2] if self._is_last else None
 
     @property
     def rows(self) -> Rows:
         """All rows of the valid prefix."""
-        return self._tables.rows
+        tables = self._read_once[0]
+        if (table := self.table) is not None and tables.last_seq != self._member.last_seq:
+            table.discard()
+            raise DamagedObject(self, CorruptionError(f"{self.name} is damaged at offset {self._read_once[1]}", _AGAIN))
+        return tables.rows
 
-    @functools.cached_property
+    @property
     def notes(self) -> Rows:
         """Its VOIDs and events."""
-        return self._tables.notes
+        if (table := self.table) is not None:
+            return between(table.notes, self.first, self.last)
+        if self._notes is None:
+            self._notes = self._read_once[0].notes
+        return self._notes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What is kept of its tables."""
+        kept = self.__dict__.get("_read_once")
+        return kept[0].nbytes if kept is not None else 0
+
+    def forget(self) -> None:
+        """Keep no tables: they are read again when they are needed. A run's last segment may grow, and keeps them."""
+        if not self._is_last:
+            self.__dict__.pop("_read_once", None)
 
     def _read(self) -> tuple[Tables, str | None]:
         """The valid prefix, and damage seen at its end.
@@ -148,6 +183,8 @@ class LocalSource:
     def close(self) -> None:
         """Close the file and give the lock up."""
         self.segment.close()
+        if self._table is not None:
+            self._table.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +198,12 @@ class BrokenFile:
 
 
 class DamagedObject(CorruptionError):
-    """A segment object whose table cannot be read: its records are a hole, unless another source has them."""
+    """A source that holds less than it seemed to: its records are a hole, unless another source has them.
 
-    def __init__(self, source: ShippedSource, error: CorruptionError) -> None:
+    It is an object whose table cannot be read, or a segment that is damaged since its merged table was made, or that table itself.
+    """
+
+    def __init__(self, source: ShippedSource | LocalSource, error: CorruptionError) -> None:
         super().__init__(str(error), error.hint)
         self.source = source
 
@@ -262,11 +302,32 @@ def open_journal(journal: Path) -> tuple[list[LocalSource], list[BrokenFile]]:
                 continue
             except CorruptionError as error:
                 broken.append(_broken(file, error))
+        _use_tables(journal, sources)
     except BaseException:
         for source in sources:
             source.close()
         raise
     return sources, broken
+
+
+def _use_tables(journal: Path, sources: Sequence[LocalSource]) -> None:
+    """Give the segments the merged tables that were made of them; a table that cannot be read, or is of others, is done without."""
+    by_run: dict[int, dict[int, LocalSource]] = defaultdict(dict)
+    for source in sources:
+        by_run[source.run][source.number] = source
+    for stretch in merged_stretches(journal):
+        members = by_run[stretch.run]
+        if not all(number in members for number in stretch.numbers):
+            continue
+        try:
+            table = MergedTable(merged_directory(journal) / stretch.name, stretch)
+        except (OSError, CorruptionError):
+            continue
+        if not table.fits({number: members[number].segment for number in stretch.numbers}):
+            table.close()
+            continue
+        for member in table.members:
+            members[member.number].use(table, member)
 
 
 def _broken(file: SegmentFile, error: CorruptionError) -> BrokenFile:

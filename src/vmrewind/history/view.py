@@ -11,19 +11,19 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vmrewind.errors import MomentError
+from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history.cache import Lru
 from vmrewind.history.history import History
-from vmrewind.history.index import ZEROES, Index, Layer, Owners, effective, layers_of, owners_of
-from vmrewind.history.records import RunRecords
-from vmrewind.history.sources import Source
+from vmrewind.history.index import ZEROES, Index, Layer, Layers, effective, owners_of
+from vmrewind.history.merged import MergedTable
+from vmrewind.history.records import Piece, RunRecords, with_rows
+from vmrewind.history.rows import between
+from vmrewind.history.sources import DamagedObject, LocalSource, Source
+from vmrewind.history.stretches import VOID_DISTANCE_MAX
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.repository.manifest import Manifest
-
-VOID_DISTANCE_MAX: Final = 2 * fmt.RECORDS_MAX
-"""How far behind a record its VOID can be: capture writes the VOIDs of a batch as the next batch."""
 
 _CHUNKS_BYTES_MAX: Final = 64 << 20
 _PAYLOADS_BYTES_MAX: Final = 64 << 20
@@ -71,6 +71,16 @@ class View:
     def open(cls, history: History, target: str, position: Position) -> Self:
         """Compose the view. Raises MomentError if the position is not covered, RepositoryError and CorruptionError for what
         cannot be read."""
+        while True:
+            try:
+                return cls._open(history, target, position)
+            except DamagedObject as error:
+                history.records(error.source.run).leave_out(error)
+            finally:
+                history.forget_tables()
+
+    @classmethod
+    def _open(cls, history: History, target: str, position: Position) -> Self:
         branch = history.branch_of_run(position.run)
         wanted = branch.legs[-1].info.disk(target)
         if wanted is None:
@@ -269,16 +279,29 @@ class View:
 def _layers(legs: Sequence[tuple[RunRecords, int, int, int]]) -> tuple[list[Layer], list[_Origin]]:
     """What (records, disk, first seq, last seq) of each leg changed, and where the layers' records come from."""
     origins: list[_Origin] = []
+    layers = Layers()
+    for records, disk, first, last in legs:
+        notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
+        voided = np.concatenate([np.empty(0, np.uint64), *(rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes)])
+        for table, pieces in records.stretches(disk, first, last):
+            origins += [_Origin(records, piece.source, disk) for piece in pieces]
+            if table is not None:
+                layers.put(_merged(table, pieces, disk))
+                continue
+            for piece, rows in with_rows(pieces):
+                within = between(rows, first, last)
+                layers.add(owners_of(within, effective(within, disk, last, voided), piece.source.name))
+    return layers.finish(), origins
 
-    def changes() -> Iterator[Owners]:
-        for records, disk, first, last in legs:
-            notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
-            voided = np.concatenate([np.empty(0, np.uint64), *(rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes)])
-            for source, rows in records.select(disk, first, last):
-                origins.append(_Origin(records, source, disk))
-                yield owners_of(rows, effective(rows, disk, last, voided), source.name)
 
-    return list(layers_of(changes())), origins
+def _merged(table: MergedTable, pieces: Sequence[Piece], disk: int) -> Layer:
+    try:
+        return table.layer(disk)
+    except CorruptionError as error:
+        table.discard()
+        source = pieces[0].source
+        assert isinstance(source, LocalSource), "only segments have merged tables"
+        raise DamagedObject(source, error) from error
 
 
 def _owned_before(extents: NDArray[np.void], offsets: NDArray[np.int64]) -> NDArray[np.int64]:

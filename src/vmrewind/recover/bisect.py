@@ -14,7 +14,7 @@ from vmrewind.errors import UsageError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
 from vmrewind.history.index import effective
-from vmrewind.history.view import VOID_DISTANCE_MAX
+from vmrewind.history.stretches import VOID_DISTANCE_MAX
 from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
 

@@ -288,6 +288,19 @@ class ResyncChild:
         await self._process.wait()
 
 
+async def merge_tables(paths: VmPaths, journal: Path) -> None:
+    """Merge what is complete of a journal, in a process of its own that yields to all others; returns when it has ended."""
+    command = [sys.executable, "-m", "vmrewind.history.merging", str(journal)]
+    process = await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL)
+    try:
+        await process.wait()
+    except asyncio.CancelledError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+
+
 def assignment(
     info: RunInfo,
     identities: Mapping[str, ImageIdentity],

@@ -28,6 +28,7 @@ from vmrewind.start.children import CLEAN, ResyncChild, ShipChild, listen
 from vmrewind.start.fallback import begun
 from vmrewind.start.keeper_control import KeeperControl
 from vmrewind.start.leftovers import clear_leftovers
+from vmrewind.start.merger import keep_merged
 from vmrewind.start.places import make_places
 from vmrewind.start.plan import Plan, Planner
 from vmrewind.start.processes import Keeping, Process
@@ -153,6 +154,7 @@ class Keeper:
         self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
 
         self._tasks.append(asyncio.create_task(self._persist("serving", self._serving.keep)))
+        self._tasks.append(asyncio.create_task(self._persist("merging", lambda: keep_merged(self.paths, storage.journal))))
         await self._control.listen(self._listen(self.paths.keeper_socket))
         if config.protection.repository is not None:
             auto = config.protection.ship == "auto"

@@ -21,7 +21,8 @@ from vmrewind.history.index import effective
 from vmrewind.history.records import RunRecords
 from vmrewind.history.rows import ROW
 from vmrewind.history.sources import Source
-from vmrewind.history.view import VOID_DISTANCE_MAX, View
+from vmrewind.history.stretches import VOID_DISTANCE_MAX
+from vmrewind.history.view import View
 from vmrewind.journal.format import Op
 from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.recover.files.client import Reader

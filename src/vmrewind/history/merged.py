@@ -1,0 +1,163 @@
+"""Merged tables: what a stretch of closed segments made of each disk, sorted, the last writer chosen, in one file.
+
+A cache: whatever is missing, damaged, or not of just these segments is done without, and made anew. A table names for each of its
+segments the header and the last batch that it was made of, so one that was recycled, or cut short by a recovery and written on, is
+noticed. A file is a fixed beginning, a JSON object, and sections: the rows that tell something of others, and each disk's layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from vmrewind.errors import CorruptionError
+from vmrewind.history.index import OWNER, Layer
+from vmrewind.history.rows import ROW
+from vmrewind.history.stretches import Stretch
+from vmrewind.journal.reader import Segment
+from vmrewind.journal.runs import write_durably
+from vmrewind.repository.segment import Rows
+
+MAGIC: Final = b"VMRWMRG1"
+_BEGINNING: Final = struct.Struct("<8sQQ")
+"""magic, length of the JSON object, its xxh3_64."""
+_HEAD_BYTES_MAX: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A segment of a stretch: of its header, and where its valid prefix ends. ``batch_at``: where the last batch begins."""
+
+    number: int
+    uuid: str
+    first_seq: int
+    first_batch: int
+    created_ns: int
+    last_seq: int
+    end: int
+    batch_at: int
+    batch: int
+    batch_time_ns: int
+
+
+def member_of(segment: Segment, batch_at: int, batch: int) -> Member:
+    """What a table notes of a segment whose last batch is that one; raises CorruptionError if it is not."""
+    header = segment.header
+    if (last := segment.batch_at(batch_at, batch)) is None:
+        raise CorruptionError(f"{segment.path}: batch {batch} is not valid any more (offset {batch_at})")
+    return Member(
+        header.number, header.uuid.hex(), header.first_seq, header.first_batch, header.created_ns,
+        last.last_seq, last.end, batch_at, batch, last.time_ns,
+    )  # fmt: skip
+
+
+def write_table(path: Path, members: Sequence[Member], notes: Rows, layers: Mapping[int, Layer]) -> None:
+    """Write the table of a stretch, whole or not at all. ``layers``: by index of the disk. Raises OSError."""
+    sections = [notes.tobytes(), *(_packed(layer) for layer in layers.values())]
+    head = {
+        "segments": [astuple(member) for member in members],
+        "disks": [
+            {"disk": disk, "extents": len(layer.extents[0]), "records": len(layer.records), "counts": list(layer.counts)}
+            for disk, layer in layers.items()
+        ],
+        "sections": [[len(section), xxhash.xxh3_64_intdigest(section)] for section in sections],
+    }
+    packed = json.dumps(head).encode()
+    write_durably(path, b"".join((_BEGINNING.pack(MAGIC, len(packed), xxhash.xxh3_64_intdigest(packed)), packed, *sections)))
+
+
+def _packed(layer: Layer) -> bytes:
+    starts, lengths, owners = layer.extents
+    return b"".join((starts.tobytes(), layer.records.tobytes(), lengths.tobytes(), owners.tobytes()))
+
+
+class MergedTable:
+    """An open table, its head and notes verified; a layer is when it is read. All of it raises CorruptionError, naming the file."""
+
+    def __init__(self, path: Path, stretch: Stretch) -> None:
+        self.path = path
+        self.stretch = stretch
+        self.usable = True
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def discard(self) -> None:
+        """It is not to be used any more, by nobody: the next one is made of the segments."""
+        self.usable = False
+        self.path.unlink(missing_ok=True)
+
+    def _load(self) -> None:
+        beginning = os.pread(self._fd, _BEGINNING.size, 0)
+        if len(beginning) < _BEGINNING.size or beginning[:8] != MAGIC:
+            raise CorruptionError(f"{self.path}: not a merged table")
+        _, length, checksum = _BEGINNING.unpack(beginning)
+        packed = os.pread(self._fd, min(length, _HEAD_BYTES_MAX), _BEGINNING.size)
+        if len(packed) != length or xxhash.xxh3_64_intdigest(packed) != checksum:
+            raise CorruptionError(f"{self.path}: the head does not match its checksum")
+        head: dict[str, Any] = json.loads(packed)
+        self.members = [Member(*member) for member in head["segments"]]
+        self._disks: dict[int, tuple[int, dict[str, Any]]] = {
+            disk["disk"]: (number, disk) for number, disk in enumerate(head["disks"], 1)
+        }
+        at = _BEGINNING.size + length
+        self._sections: list[tuple[int, int, int]] = []
+        for size, digest in head["sections"]:
+            self._sections.append((at, size, digest))
+            at += size
+        self.notes: Rows = np.frombuffer(self._section(0), ROW)
+
+    def fits(self, segments: Mapping[int, Segment]) -> bool:
+        """Whether these segments, by number, are still just what the table was made of."""
+        if [member.number for member in self.members] != list(self.stretch.numbers):
+            return False
+        for member in self.members:
+            segment = segments.get(member.number)
+            if segment is None or segment.header.run != self.stretch.run:
+                return False
+            try:
+                if member_of(segment, member.batch_at, member.batch) != member:
+                    return False
+            except CorruptionError:
+                return False
+        return True
+
+    def layer(self, disk: int) -> Layer:
+        """What the stretch made of a disk."""
+        if disk not in self._disks:
+            nothing = (np.empty(0, np.int64), np.empty(0, np.uint32), np.empty(0, np.uint32))
+            return Layer(nothing, np.empty(0, OWNER), [0] * len(self.members))
+        number, described = self._disks[disk]
+        extents, records = described["extents"], described["records"]
+        packed = self._section(number)
+        starts = np.frombuffer(packed, np.int64, extents)
+        owners_at = 8 * extents + OWNER.itemsize * records
+        lengths = np.frombuffer(packed, np.uint32, extents, owners_at)
+        owners = np.frombuffer(packed, np.uint32, extents, owners_at + 4 * extents)
+        return Layer((starts, lengths, owners), np.frombuffer(packed, OWNER, records, 8 * extents), described["counts"])
+
+    def _section(self, number: int) -> bytes:
+        at, size, digest = self._sections[number]
+        section = os.pread(self._fd, size, at)
+        while 0 < len(section) < size and (more := os.pread(self._fd, size - len(section), at + len(section))):
+            section += more
+        if len(section) != size or xxhash.xxh3_64_intdigest(section) != digest:
+            raise CorruptionError(f"{self.path}: section {number} does not match its checksum (offset {at})")
+        return section

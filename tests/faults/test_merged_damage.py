@@ -1,0 +1,218 @@
+"""A merged table is a cache: damaged, stale or of segments that are damaged since, it never makes a moment wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from tests.history_tools import MadeHistory
+from vmrewind.errors import MomentError
+from vmrewind.history import merging, stretches
+from vmrewind.history.activity import events
+from vmrewind.history.merged import MergedTable
+from vmrewind.history.merging import merge
+from vmrewind.history.sources import DamagedObject
+from vmrewind.history.stretches import merged_directory
+from vmrewind.history.view import View
+from vmrewind.journal import format as fmt
+from vmrewind.journal import pool
+from vmrewind.journal.format import Op
+from vmrewind.journal.reader import Segment, segment_files
+from vmrewind.repository.segment import Rows
+
+K = 1024
+SIZE = 64 * K
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeHistory]:
+    """Segments of four batches each: four that are merged two by two, a closed one, and one that goes on."""
+    monkeypatch.setattr(pool, "SEGMENTS_MIN", 20)
+    monkeypatch.setattr(stretches, "SEGMENTS_MIN", 1)
+    monkeypatch.setattr(stretches, "SEGMENTS_MAX", 2)
+    for module in (stretches, merging):
+        monkeypatch.setattr(module, "VOID_DISTANCE_MAX", 2)
+    made = MadeHistory(tmp_path, {"vda": SIZE}, journal_size=20 << 20)
+    made.start()
+    for number in range(6):
+        for step in range(4):
+            made.batch([(Op.WRITE, "vda", (number * 7 + step * 5) % 60 * K, bytes([8 * number + step + 1]) * 4 * K)])
+        if number < 5:
+            made.close_segment()
+    made.ship_runs()
+    assert [(stretch.first, stretch.last) for stretch in merge(made.journal)] == [(1, 2), (3, 4)]
+    yield made
+
+
+def tables(made: MadeHistory) -> list[Path]:
+    return sorted(merged_directory(made.journal).iterdir())
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The tables whose layers are read meanwhile."""
+    used: list[Path] = []
+    read = MergedTable.layer
+    with monkeypatch.context() as patch:
+        patch.setattr(MergedTable, "layer", lambda table, disk: (used.append(table.path), read(table, disk))[1])
+        yield used
+
+
+def check(made: MadeHistory) -> None:
+    """Every moment is what it was."""
+    with made.open() as history:
+        for seq in range(1, max(made.times) + 1):
+            assert View.open(history, "vda", made.position(seq)).read(0, SIZE) == made.disk("vda").states[seq], seq
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def test_a_moment_reads_no_table_of_records_that_a_merged_one_stands_for(
+    made: MadeHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned: list[str] = []
+    read = Segment.tables
+
+    def noted(segment: Segment, *where: int) -> object:
+        scanned.append(segment.path.name)
+        return read(segment, *where)
+
+    monkeypatch.setattr(Segment, "tables", noted)
+    last = max(made.times)
+    with made.open() as history, counted(monkeypatch) as used:
+        history.coverage("vda", history.branch())
+        assert [event.kind for event in events(history, history.branch())] == [fmt.Event.START]
+        assert View.open(history, "vda", made.position(last)).read(0, SIZE) == made.disk("vda").states[last]
+    assert used == tables(made)
+    # The first segment and the last one tell when coverage begins and ends; the last two are not merged.
+    assert set(scanned) == {made.segment_paths()[number].name for number in (0, 4, 5)}
+
+
+def test_a_damaged_table_is_done_without_and_made_anew(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tables(made)[0]
+    whole = path.read_bytes()
+    for at in sorted({0, 9, 20, 60, *range(90, len(whole), max(len(whole) // 12, 1)), len(whole) - 1}):
+        flip(path, at)
+        check(made)
+        merge(made.journal)
+        assert path.read_bytes() == whole, f"byte {at}"
+    for cut in (whole[:-5], whole[:15], b""):
+        path.write_bytes(cut)
+        check(made)
+        merge(made.journal)
+        assert path.read_bytes() == whole
+
+
+def test_a_table_of_a_segment_that_was_cut_and_written_on_is_not_used(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a recovery leaves it: the last batch of a segment never reached the disk, and another one took its place.
+    path = made.segment_paths()[3]
+    with Segment(path) as segment:
+        *_, last = segment.batches()
+        table, header = bytearray(last.table), segment.header
+    other = b"other" * 820
+    offset, length, disk, op, flags, _ = fmt.RECORD.unpack(table)
+    data = other[:length]
+    record = fmt.RECORD.pack(offset, length, disk, op, flags, xxhash.xxh3_64_intdigest(data))
+    head = bytearray(
+        fmt.BATCH.pack(fmt.BATCH_MAGIC, 0, header.run, last.number, last.time_ns + 1, last.first_seq, 1, 0, last.payload_length)
+    )
+    head[8:16] = xxhash.xxh3_64_intdigest(bytes(head[16:]) + record).to_bytes(8, "little")
+    with open(path, "r+b") as file:
+        file.seek(last.position)
+        file.write(bytes(head) + record + data)
+    states = made.disk("vda").states
+    content = bytearray(states[last.first_seq - 1])
+    content[offset : offset + length] = data
+    states[last.first_seq] = bytes(content)
+    for seq in range(last.first_seq + 1, max(made.times) + 1):
+        del made.times[seq]
+    with counted(monkeypatch) as used:
+        check(made)
+    assert tables(made)[1] not in used and tables(made)[0] in used
+    stale = tables(made)[1].read_bytes()
+    assert len(merge(made.journal)) == 1
+    assert tables(made)[1].read_bytes() != stale
+    check(made)
+
+
+def test_a_segment_that_is_damaged_since_its_table_was_made_costs_no_moment_that_the_table_knows(made: MadeHistory) -> None:
+    path = made.segment_paths()[2]
+    with Segment(path) as segment:
+        batches = list(segment.batches())
+    flip(path, batches[1].position + 20)
+    states = made.disk("vda").states
+    with made.open() as history:
+        after = View.open(history, "vda", made.position(max(made.times)))
+        assert after.read(0, SIZE) == states[max(made.times)], "its payloads are all there"
+        with pytest.raises(MomentError, match="damaged at offset"):
+            View.open(history, "vda", made.position(batches[2].first_seq))
+        before = View.open(history, "vda", made.position(batches[0].last_seq))
+        assert before.read(0, SIZE) == states[batches[0].last_seq]
+    assert len(tables(made)) == 1, "it is not used any more"
+    with made.open() as history, pytest.raises(MomentError, match="damaged at offset"):
+        View.open(history, "vda", made.position(max(made.times)))
+    assert merge(made.journal) == [], "a segment that does not reach up to the next is not merged"
+
+
+def test_what_the_repository_has_stands_in_for_a_segment_damaged_since(made: MadeHistory) -> None:
+    path = made.segment_paths()[2]
+    with Segment(path) as segment:
+        batches = list(segment.batches())
+    made.ship(made.run, batches[0].first_seq, batches[-1].last_seq)
+    flip(path, batches[1].position + 20)
+    check(made)
+
+
+def test_whoever_reads_single_records_is_told_of_a_segment_damaged_since(made: MadeHistory) -> None:
+    path = made.segment_paths()[2]
+    with Segment(path) as segment:
+        batches = list(segment.batches())
+    flip(path, batches[1].position + 20)
+    read: list[Rows] = []
+    with made.open() as history, pytest.raises(DamagedObject, match="damaged at offset"):
+        read += [rows for _, rows in history.records(made.run).select(0, 1, max(made.times))]
+
+
+def test_a_recycled_segment_takes_its_table_along(made: MadeHistory) -> None:
+    made.segment_paths()[0].unlink()
+    old, kept = tables(made)
+    with made.open() as history:
+        assert [source.table is not None for source in history.records(made.run).local] == [False, True, True, False, False]
+    (merged_directory(made.journal) / ".left.tmp").write_bytes(b"of a merger that was killed")
+    merge(made.journal)
+    assert tables(made) == [kept] and not old.exists()
+
+
+def test_a_void_behind_a_stretch_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "SEGMENTS_MIN", 20)
+    monkeypatch.setattr(stretches, "SEGMENTS_MIN", 1)
+    monkeypatch.setattr(stretches, "SEGMENTS_MAX", 1)
+    for module in (stretches, merging):
+        monkeypatch.setattr(module, "VOID_DISTANCE_MAX", 4)
+    made = MadeHistory(tmp_path, {"vda": SIZE}, journal_size=20 << 20)
+    made.start()
+    made.write("vda", 0, b"a" * 512)
+    refused = made.write("vda", 0, b"b" * 512)
+    made.close_segment()
+    made.void(refused, "vda")
+    assert merge(made.journal) == [], "its VOID may still come"
+    made.close_segment()
+    for _ in range(3):
+        made.write("vda", 4096, b"c" * 512)
+    made.close_segment()
+    made.write("vda", 8192, b"d" * 512)
+    assert [stretch.first for stretch in merge(made.journal)] == [1]
+    with made.open() as history:
+        for seq in range(refused, max(made.times) + 1):
+            assert View.open(history, "vda", made.position(seq)).read(0, 512) == b"a" * 512
+    assert len(segment_files(made.journal)) == 4
