@@ -28,15 +28,16 @@ byte_ranges = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(lamb
     st.lists(st.one_of(ranges, byte_ranges), max_size=60),
     st.integers(1, 61),
     st.integers(1, 64),
+    st.integers(0, 64),
     st.sampled_from([0, 1 << 40, 1 << 61]),
 )
 def test_index_names_the_last_writer_of_every_byte(
-    written: list[tuple[int, int]], layer_records: int, region_extents: int, begin: int
+    written: list[tuple[int, int]], layer_records: int, region_extents: int, joined_extents: int, begin: int
 ) -> None:
     model = np.full(SIZE, -1)
     for i, (offset, length) in enumerate(written):
         model[offset : offset + length] = i
-    index = index_of([(begin + offset, length) for offset, length in written], layer_records, region_extents)
+    index = index_of([(begin + offset, length) for offset, length in written], layer_records, region_extents, joined_extents)
     every = index.whole()
     in_regions = [part for columns in index.within(begin, SIZE) for part in zip(*(c.tolist() for c in columns), strict=True)]
     for extents in (every.tolist(), in_regions):
@@ -51,7 +52,13 @@ def test_index_names_the_last_writer_of_every_byte(
         assert np.array_equal(found, model)
 
 
-def index_of(written: list[tuple[int, int]], layer_records: int, region_extents: int) -> Index:
+def test_what_is_overwritten_again_and_again_takes_memory_once() -> None:
+    written = [(at * 512, 512) for _ in range(100) for at in range(20)]
+    assert len(index_of(written, 10, 8, 40)) <= 20 + 40
+    assert len(index_of(written, 10, 8, 60)) <= 20, "few are one layer"
+
+
+def index_of(written: list[tuple[int, int]], layer_records: int, region_extents: int, joined_extents: int) -> Index:
     """The index of writes, each from a source of its own, in layers and regions of a few."""
     rows = np.zeros(len(written), ROW)
     for i, (offset, length) in enumerate(written):
@@ -59,6 +66,8 @@ def index_of(written: list[tuple[int, int]], layer_records: int, region_extents:
     parts = [owners_of(rows[i : i + 1], np.ones(1, np.bool_), "here") for i in range(len(rows))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "LAYER_RECORDS", layer_records)
+        patch.setattr(index_module, "JOINED_EXTENTS", joined_extents)
+        patch.setattr(index_module, "_PATIENCE", 2)
         patch.setattr(index_module, "REGION_EXTENTS", region_extents)
         layers = Layers()
         for part in parts:
@@ -96,6 +105,7 @@ def test_every_moment_of_every_disk_equals_the_model(
 ) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(index_module, "LAYER_RECORDS", data.draw(st.sampled_from([1, 3, 1000]), "records in a layer"))
+        patch.setattr(index_module, "JOINED_EXTENTS", data.draw(st.sampled_from([0, 5, 1000]), "extents joined to one layer"))
         patch.setattr(index_module, "REGION_EXTENTS", data.draw(st.sampled_from([1, 4, 1000]), "extents in a region"))
         made = MadeHistory(Path(directory), {"vda": SIZE, "vdb": SIZE + 4096}, journal_size=4 << 20)
         made.disk("vda").content[100:5000] = b"base" * 1225

@@ -49,6 +49,7 @@ def small() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(stretches, "SEGMENTS_MAX", 3)
         patch.setattr(index, "LAYER_RECORDS", 4)
         patch.setattr(index, "REGION_EXTENTS", 4)
+        patch.setattr(index, "JOINED_EXTENTS", 12)
         yield patch
 
 

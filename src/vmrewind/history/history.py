@@ -5,6 +5,8 @@ Everything that goes back in time starts here: restore, timeline, and whatever e
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import time
 from collections import defaultdict
@@ -141,6 +143,9 @@ class History:
         if sum(source.kept_bytes for source in self._local) > _TABLES_BYTES_MAX:
             for source in self._local:
                 source.forget()
+            # They lie among what stays, so the C library would keep the space: 30 bytes for each record that was read.
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
 
     # -- runs and branches
 

@@ -34,6 +34,9 @@ ZEROES: Final = (1 << 32) - 1
 
 LAYER_RECORDS: Final = 1 << 18
 """So many records are sorted at a time."""
+JOINED_EXTENTS: Final = 1 << 20
+"""So many extents of several layers are joined to one layer at once, which takes an eighth of a second."""
+_PATIENCE: Final = 16
 REGION_EXTENTS: Final = 1 << 14
 """So many extents of all layers are composed at a time: some 2 ms."""
 _REGIONS_BYTES_MAX: Final = 32 << 20
@@ -182,26 +185,48 @@ def owners_of(rows: Rows, chosen: NDArray[np.bool_], name: str) -> Owners:
 def layer_of(parts: Sequence[Owners]) -> Layer:
     """The layer that the records of some sources make, all in order of seq and nothing voided among them."""
     records: Owners = np.concatenate([part.view(np.uint64) for part in parts]).view(OWNER)
-    starts, lengths, owners = last_writers(records["offset"], records["length"])
+    return _of_use(last_writers(records["offset"], records["length"]), records, [len(part) for part in parts])
+
+
+def joined(layers: Sequence[Layer]) -> Layer:
+    """Layers, the oldest first, as one."""
+    firsts = np.cumsum([0, *(len(layer.records) for layer in layers)])
+    starts, lengths, numbers = last_writers(
+        np.concatenate([layer.extents[0] for layer in layers]),
+        np.concatenate([layer.extents[1] for layer in layers]),
+        in_runs=True,
+    )
+    owners = np.concatenate([layer.extents[2] + np.uint32(first) for layer, first in zip(layers, firsts, strict=False)])
+    records: Owners = np.concatenate([layer.records.view(np.uint64) for layer in layers]).view(OWNER)
+    return _of_use((starts, lengths, owners[numbers]), records, [count for layer in layers for count in layer.counts])
+
+
+def _of_use(extents: Extents, records: Owners, counts: Sequence[int]) -> Layer:
+    """The layer of these extents, without the records that own nothing."""
+    starts, lengths, owners = extents
     used = np.zeros(len(records), np.bool_)
     used[owners] = True
     if used.all():
-        return Layer((starts, lengths, owners), records, [len(part) for part in parts])
+        return Layer(extents, records, counts)
     numbers = np.cumsum(used, dtype=np.uint32) - np.uint32(1)
-    borders = np.cumsum([0, *(len(part) for part in parts)]).tolist()
-    counts = [int(np.count_nonzero(used[low:high])) for low, high in pairwise(borders)]
-    return Layer((starts, lengths, numbers[owners]), records[used], counts)
+    borders = np.cumsum([0, *counts]).tolist()
+    left = [int(np.count_nonzero(used[low:high])) for low, high in pairwise(borders)]
+    return Layer((starts, lengths, numbers[owners]), records[used], left)
 
 
 class Layers:
     """Gathers layers, the oldest first: whole ones, and between them records by source.
 
-    Many short sorts are quicker than a long one, and few records of a stretch overlap.
+    Many short sorts are quicker than a long one, and few records of a stretch overlap. What is overwritten again and again must not
+    take memory each time: now and then all layers are joined, seldom if that leaves most extents.
     """
 
     def __init__(self) -> None:
         self._made: list[Layer] = []
         self._pending: list[Owners] = []
+        self._apart = 0
+        """Extents since the layers were joined last."""
+        self._apart_max = JOINED_EXTENTS
 
     def add(self, part: Owners) -> None:
         """The records of the next source, in order of seq."""
@@ -212,14 +237,30 @@ class Layers:
     def put(self, layer: Layer) -> None:
         """What the next sources made of the disk."""
         self._settle()
-        self._made.append(layer)
+        self._keep(layer)
 
     def finish(self) -> list[Layer]:
-        """All of them."""
+        """All of them; one if they are small."""
         self._settle()
+        if len(self._made) > 1 and _extents(self._made) <= JOINED_EXTENTS:
+            return [joined(self._made)]
         return self._made
 
     def _settle(self) -> None:
         if self._pending:
-            self._made.append(layer_of(self._pending))
+            self._keep(layer_of(self._pending))
             self._pending = []
+
+    def _keep(self, layer: Layer) -> None:
+        self._made.append(layer)
+        self._apart += len(layer.extents[0])
+        if self._apart >= self._apart_max and len(self._made) > 1:
+            before = _extents(self._made)
+            self._made = [joined(self._made)]
+            after = _extents(self._made)
+            self._apart = 0
+            self._apart_max = max(after, JOINED_EXTENTS) * (1 if after <= before * 3 // 4 else _PATIENCE)
+
+
+def _extents(layers: Sequence[Layer]) -> int:
+    return sum(len(layer.extents[0]) for layer in layers)

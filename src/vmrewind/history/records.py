@@ -222,7 +222,7 @@ class RunRecords:
             source = pieces[0].source
             table = source.table if isinstance(source, LocalSource) else None
             members = pieces[: len(table.members)] if table is not None else []
-            if table is None or members[-1].last > last or [piece.source for piece in members] != self._members(table):
+            if table is None or members[-1].last > last or not _all_of(table, members):
                 single.append(pieces.pop(0))
                 continue
             if single:
@@ -232,9 +232,6 @@ class RunRecords:
             del pieces[: len(members)]
         if single:
             yield None, single
-
-    def _members(self, table: MergedTable) -> list[LocalSource]:
-        return [source for source in self.local if source.table is table]
 
     def notes(self, disk: int, first: int, last: int) -> Iterator[Rows]:
         """Those of the rows that ``select`` gives which tell something of others."""
@@ -263,6 +260,11 @@ class RunRecords:
             for row in rows[(rows["position"] == np.uint64(position)) & (rows["op"] == fmt.Op.WRITE)]:
                 return source.payload(int(row["seq"]), position, length, xxh3)
             raise
+
+
+def _all_of(table: MergedTable, pieces: Sequence[Piece]) -> bool:
+    sources = [piece.source for piece in pieces]
+    return len(sources) == len(table.members) and all(isinstance(one, LocalSource) and one.table is table for one in sources)
 
 
 def with_rows(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:

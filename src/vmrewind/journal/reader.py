@@ -20,6 +20,11 @@ import xxhash
 from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal import format as fmt
 
+_HEAD_SIZE = fmt.BATCH.size
+_RECORD_SIZE = fmt.RECORD.size
+_CHECKED_FROM = fmt.BATCH_CHECKED_FROM
+_unpack_head = fmt.BATCH.unpack_from
+_xxh3 = xxhash.xxh3_64_intdigest
 _HEAD_GUESS = fmt.BATCH.size + 16 * fmt.RECORD.size
 """Bytes read at a batch's beginning: enough for the sixteen requests that QEMU has in flight."""
 
@@ -174,15 +179,15 @@ class Segment:
         """(header and table of the batch at ``position``, where the next one begins) if it is the valid batch ``number``."""
         # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
         block = os.pread(self.fd, _HEAD_GUESS, position)
-        if len(block) < fmt.BATCH.size:
+        if len(block) < _HEAD_SIZE:
             return None
-        magic, checksum, run, found, _, _, count, _, payload = fmt.BATCH.unpack_from(block)
-        if magic != fmt.BATCH_MAGIC or run != self.header.run or found != number or not 0 < count <= fmt.RECORDS_MAX:
+        magic, checksum, run, found, _, _, count, _, payload = _unpack_head(block)
+        if found != number or run != self.header.run or magic != fmt.BATCH_MAGIC or not 0 < count <= fmt.RECORDS_MAX:
             return None
-        length = fmt.BATCH.size + count * fmt.RECORD.size
+        length = _HEAD_SIZE + count * _RECORD_SIZE
         if length != len(block):
             block = block[:length] if length < len(block) else os.pread(self.fd, length, position)
-        if xxhash.xxh3_64_intdigest(block[fmt.BATCH_CHECKED_FROM :]) != checksum:
+        if _xxh3(block[_CHECKED_FROM:]) != checksum:
             return None
         end: int = position + length + payload
         return (block, end) if end <= self.header.size else None
