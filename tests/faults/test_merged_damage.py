@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,6 +193,47 @@ def test_a_recycled_segment_takes_its_table_along(made: MadeHistory) -> None:
     (merged_directory(made.journal) / ".left.tmp").write_bytes(b"of a merger that was killed")
     merge(made.journal)
     assert tables(made) == [kept] and not old.exists()
+
+
+def test_a_table_that_cannot_be_written_leaves_nothing_behind(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in tables(made):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            merge(made.journal)
+    assert tables(made) == []
+    check(made)
+    assert len(merge(made.journal)) == 2
+
+
+def test_a_table_that_may_not_be_removed_is_done_without(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tables(made)[0]
+    flip(path, path.stat().st_size - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", full)
+        check(made)
+    assert path.exists()
+
+
+def test_a_table_that_cannot_be_read_is_done_without(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = max(made.times)
+    with made.open() as history:
+        table = history.records(made.run).local[0].table
+        assert table is not None
+        read = os.pread
+
+        def broken(fd: int, length: int, offset: int) -> bytes:
+            if fd == table._fd:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(fd, length, offset)
+
+        monkeypatch.setattr(os, "pread", broken)
+        assert View.open(history, "vda", made.position(last)).read(0, SIZE) == made.disk("vda").states[last]
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_void_behind_a_stretch_is_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

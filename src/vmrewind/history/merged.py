@@ -7,6 +7,7 @@ noticed. A file is a fixed beginning, a JSON object, and sections: the rows that
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -100,9 +101,10 @@ class MergedTable:
             self._fd = -1
 
     def discard(self) -> None:
-        """It is not to be used any more, by nobody: the next one is made of the segments."""
+        """It is not to be used any more; removed, where we may, the next one is made of the segments."""
         self.usable = False
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
     def _load(self) -> None:
         beginning = os.pread(self._fd, _BEGINNING.size, 0)
@@ -155,9 +157,12 @@ class MergedTable:
 
     def _section(self, number: int) -> bytes:
         at, size, digest = self._sections[number]
-        section = os.pread(self._fd, size, at)
-        while 0 < len(section) < size and (more := os.pread(self._fd, size - len(section), at + len(section))):
-            section += more
+        try:
+            section = os.pread(self._fd, size, at)
+            while 0 < len(section) < size and (more := os.pread(self._fd, size - len(section), at + len(section))):
+                section += more
+        except OSError as error:
+            raise CorruptionError(f"{self.path}: section {number} cannot be read (offset {at}): {error.strerror}") from error
         if len(section) != size or xxhash.xxh3_64_intdigest(section) != digest:
             raise CorruptionError(f"{self.path}: section {number} does not match its checksum (offset {at})")
         return section

@@ -57,6 +57,10 @@ def merge(journal: Path) -> list[Stretch]:
         return made
     except BlockingIOError:
         return []
+    except OSError:
+        # Half a table on storage that is full would be in the way of who needs it more.
+        _remove_leftovers(journal)
+        raise
     finally:
         os.close(lock)
 
