@@ -30,6 +30,7 @@ from vmrewind.capture.since import last_activity_ns, was_used
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, VmrewindError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
+from vmrewind.journal.copy_before_write import CopyBeforeWrite
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.owned import require_own
 from vmrewind.journal.pool import SegmentPool
@@ -127,6 +128,8 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any], loc
     end: End | None = None
     point = recovery_point(state)
     images = open_images(assignment["disks"], resuming=state.run == run or lost)
+    for image in images:
+        image.base = CopyBeforeWrite.open(journal, image.target)
     if state.run == run:
         end = find_end(journal, run, point)
         readable = (end.readable or end) if end is not None else None
@@ -144,6 +147,9 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any], loc
             # Before anything is replayed, which changes what tells it.
             active_ns = last_activity_ns(journal, end.segment, end.last_time_ns)
             used = {image.index for image in images if was_used(image, active_ns, host_died=False)}
+        for image in images:
+            if image.index in used and image.base is not None:
+                image.base.fail("the image was used by others while capture was away")
         seal(journal, run, end)
         applied = replay(journal, run, point, end, {image.index: image for image in images})
         state.set_applied(end.next_batch - 1)

@@ -39,6 +39,8 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
                 if first_seq is not None:
                     voided.append(first_seq + record)
         operations = [operation for operation in operations if operation[2] + operation[3] <= end]
+    if image.base is not None:
+        image.base.keep(fd, [(operation[2], operation[3]) for operation in operations])
     if not _write_as_one(fd, operations):
         for record, payload, offset, length, flags, cookie in operations:
             try:

@@ -7,7 +7,6 @@ on it keeps that size, which its base and its records are of.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -18,12 +17,11 @@ from typing import Final
 
 from vmrewind.capture.locks import lock_image
 from vmrewind.errors import ImageError
+from vmrewind.journal.copy_before_write import CopyBeforeWrite
+from vmrewind.journal.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import DiskInfo, ImageIdentity
 
-_FALLOC_KEEP_SIZE: Final = 1
-_FALLOC_PUNCH_HOLE: Final = 2
-_FALLOC_ZERO_RANGE: Final = 16
 _BLKGETSIZE64: Final = 0x80081272
 
 _QCOW2: Final = struct.Struct(">4sIQIIQ28xI")
@@ -37,24 +35,10 @@ _QCOW2_SLACK: Final = 64 << 20
 
 _ZEROES: Final = bytes(1 << 20)
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    while _libc.fallocate(fd, mode, offset, length) != 0:
-        if (number := ctypes.get_errno()) != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-
-
-def punch_hole(fd: int, offset: int, length: int) -> None:
-    """Make a range of a file a hole, which reads as zeroes. Raises OSError where that cannot be done."""
-    _fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
-
 
 def _supports(fd: int, mode: int) -> bool:
     try:
-        _fallocate(fd, mode | _FALLOC_KEEP_SIZE, 0, 4096)
+        fallocate(fd, mode | KEEP_SIZE, 0, 4096)
     except OSError:
         return False
     return True
@@ -96,6 +80,8 @@ class Image:
         self.path = path
         self.format = image_format
         self.backing: str | None = None
+        self.base: CopyBeforeWrite | None = None
+        """The base that is being made of it: what it does not have yet is kept before it is written to."""
         self.fd = _open_locked(path)
         try:
             self.block_device = stat.S_ISBLK(os.fstat(self.fd).st_mode)
@@ -162,7 +148,7 @@ class Image:
         except OSError:
             return False, False
         try:
-            return _supports(fd, _FALLOC_PUNCH_HOLE), _supports(fd, _FALLOC_ZERO_RANGE)
+            return _supports(fd, PUNCH_HOLE), _supports(fd, ZERO_RANGE)
         finally:
             os.close(fd)
 
@@ -192,6 +178,8 @@ class Image:
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data``; raises OSError."""
+        if self.base is not None:
+            self.base.keep(self.fd, ((offset, len(data)),))
         written = os.pwrite(self.fd, data, offset)
         if written != len(data):
             view = memoryview(data)
@@ -211,12 +199,14 @@ class Image:
 
     def zero(self, offset: int, length: int, *, keep_allocated: bool) -> None:
         """Make a range read as zeroes, as a hole unless ``keep_allocated``; raises OSError."""
-        modes = [_FALLOC_ZERO_RANGE | _FALLOC_KEEP_SIZE]
+        if self.base is not None:
+            self.base.keep(self.fd, ((offset, length),))
+        modes = [ZERO_RANGE | KEEP_SIZE]
         if not keep_allocated:
-            modes.insert(0, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE)
+            modes.insert(0, PUNCH_HOLE | KEEP_SIZE)
         for mode in modes:
             try:
-                _fallocate(self.fd, mode, offset, length)
+                fallocate(self.fd, mode, offset, length)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
                     raise
@@ -267,6 +257,8 @@ class Image:
 
     def close(self) -> None:
         """Close, which gives the lock up."""
+        if self.base is not None:
+            self.base.close()
         os.close(self.fd)
 
 

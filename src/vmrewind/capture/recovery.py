@@ -19,6 +19,7 @@ from vmrewind.capture.level import noted_level
 from vmrewind.capture.since import forget, last_activity_ns, leave_mark, remember, remembered, was_used
 from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
+from vmrewind.journal.copy_before_write import CopyBeforeWrite
 from vmrewind.journal.reader import Batch, Segment, SegmentHeader, records, segment_files
 from vmrewind.journal.runs import (
     RESTORE_PENDING,
@@ -272,6 +273,8 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
                     images.pop(disk.index).close()
                 else:
                     _make_ready(images[disk.index], disk)
+                    if not host_died:
+                        images[disk.index].base = CopyBeforeWrite.open(journal, disk.target)
             _renew(images, host_died=host_died)
             count = _bring_up(journal, run, point, end, images, report)
             for image in images.values():

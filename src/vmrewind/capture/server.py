@@ -32,6 +32,7 @@ from vmrewind.capture.instructions import instruct
 from vmrewind.capture.policy import FullPolicy
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
+from vmrewind.journal.copy_before_write import State
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.pool import JournalFull, SegmentPool
 from vmrewind.journal.runs import Head, Position, write_durably
@@ -397,7 +398,12 @@ class Server:
         self.events.write("image.write-failed", disk=disk.target, errors=[os.strerror(e) for e in sorted(set(errors))])
 
     def _watch(self, disk: Disk) -> None:
-        """See whether somebody does to the image's file what nobody should."""
+        """See whether somebody does to the image's file what nobody should, and how the base stands that is being made of it."""
+        if (base := disk.image.base) is not None and base.state is not State.MAKING:
+            if base.state is State.FAILED:
+                self.events.write("base.given-up", disk=disk.target, base=base.base.id, reason=base.reason)
+            disk.image.base = None
+            base.close()
         if (length := disk.image.length()) != disk.length:
             self.length_changed(disk, length)
         if (replaced := disk.image.replaced()) != disk.replaced:
@@ -409,6 +415,8 @@ class Server:
         before, disk.length = disk.length, length
         if length < before:
             self.events.write("image.cut-short", disk=disk.target, bytes=length, expected_bytes=disk.size)
+            if disk.image.base is not None:
+                disk.image.base.fail("the image was cut short")
             end = min(before, disk.size)
             ranges = [(at, min(_ZERO_PIECE, end - at)) for at in range(length, end, _ZERO_PIECE)]
             self.refused.append(_Refused(disk, [], ranges))
@@ -490,6 +498,9 @@ class Server:
         for disk in self.disks.values():
             disk.doubtful |= disk.index in self.durability.lost or any(unread is disk for unread, _, _ in self.unread)
         # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
+        for disk in self.disks.values():
+            if disk.image.base is not None:
+                disk.image.base.settle()
         known = [] if gap else [disk for disk in self.disks.values() if not (disk.doubtful or disk.replaced)]
         identities = {disk.target: disk.image.identity() for disk in known}
         cause = f"the journal took no more until the last run's end: {gap}" if gap else None

@@ -67,7 +67,9 @@ def _show(found: dict[str, Any]) -> None:
     for target, disk in found.get("disks", {}).items():
         bases = disk["bases"]
         base = f"{len(bases)} base(s), newest {bases[-1]}" if bases else "no base"
-        console.print(f"  disk {target}: {escape(disk['image'])} ({disk['format']}), {base}")
+        making = disk.get("base_being_made")
+        made = f"; one is being made: {making['share']:.0%}, and what needs it cannot be restored before" if making else ""
+        console.print(f"  disk {target}: {escape(disk['image'])} ({disk['format']}), {base}{made}")
     journal = found["journal"]
     quota = f" of {decimal(journal['quota_bytes'])}" if journal["quota_bytes"] else ""
     console.print(f"  journal: {decimal(journal['used_bytes'])}{quota} in {escape(journal['directory'])}")

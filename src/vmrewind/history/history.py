@@ -22,6 +22,7 @@ from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ObjectCache, ShippedSource, open_journal
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal import format as fmt
+from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Head, RunInfo, described_runs, local_runs, read_head
 from vmrewind.repository.manifest import Manifest
@@ -65,6 +66,8 @@ class History:
         """A gap that the journal does not tell of: (run, since when in ns, cause)."""
         self.unrecorded: Mapping[str, str] = {}
         """Disks whose images have gone on from what the head says, without a record, and why that is known."""
+        self.begun: Mapping[str, tuple[str, float]] = {}
+        """The bases that are being made here: by disk, the id and how much of it there is (0 to 1)."""
         self._bases = bases
         self._described_here = described_here
         self._local = local
@@ -115,6 +118,9 @@ class History:
             here_runs = {info.run for info in here}
             made = cls(name, runs, local, broken, shipped, head, repository, bases, problem, opened_ns, here_runs)
             made.damaged = damaged
+            if journal is not None:
+                targets = {disk.target for info in here for disk in info.disks}
+                made.begun = {target: found for target in targets if (found := begun_base(journal, target)) is not None}
             if head is not None and journal is not None:
                 made.unrecorded = unrecorded(head, [disk.target for info in here for disk in info.disks])
                 # A run that began meanwhile removed the head before it touched an image.
@@ -264,9 +270,11 @@ class History:
         base_id = info.bases[target]
         if self._local_manifest(target, base_id) is not None or base_id in self._known_bases(target):
             return None
+        if (begun := self.begun.get(target)) is not None and begun[0] == base_id:
+            return f"base {base_id} of disk {target} is still being made ({begun[1]:.0%} by now)"
         if self.repository is None:
             return f"base {base_id} of disk {target} is not known here, and the repository cannot be read"
-        return f"base {base_id} of disk {target} is missing in {self.repository.repository.url}"
+        return f"base {base_id} of disk {target} is not in {self.repository.repository.url}: it was never completed, or it is lost"
 
     def manifest(self, info: RunInfo, target: str) -> Manifest:
         """The manifest of the base that a run names for a disk. Raises RepositoryError, CorruptionError."""

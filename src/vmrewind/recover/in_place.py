@@ -29,6 +29,7 @@ from vmrewind.history.history import History
 from vmrewind.history.reading import read_whole
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
+from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.journal.format import run_name
 from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
@@ -85,6 +86,7 @@ def restore_in_place(
             )
         if begun is None:
             _recover(journal, list(images))
+            _refuse_without_base(history.name, journal, images)
             if not discard_unprotected:
                 _refuse_unrecorded(history.name, journal, images)
         jobs = []
@@ -113,6 +115,16 @@ def restore_in_place(
         (journal / RESTORE_PENDING).unlink()
         sync_directory(journal)
         return Restored(history.name, position, [job.restored for job in jobs])
+
+
+def _refuse_without_base(name: str, journal: Path, images: Mapping[str, Path]) -> None:
+    """An image that its base is still made of holds what is nowhere else."""
+    for target in images:
+        if (found := begun_base(journal, target)) is not None:
+            raise VmStateError(
+                f"{name}: base {found[0]} of disk {target} is still being made ({found[1]:.0%} by now), of the image as it is",
+                f"`vmrewind backup {name}` completes it; then do this again",
+            )
 
 
 @dataclass(frozen=True, slots=True)

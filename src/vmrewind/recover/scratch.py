@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from vmrewind.capture.image import punch_hole
 from vmrewind.errors import SpaceError
 from vmrewind.history.view import Extent, View
+from vmrewind.journal.holes import punch_hole
 from vmrewind.recover.ranges import Ranges
 
 _ZEROES: Final = bytes(1 << 20)

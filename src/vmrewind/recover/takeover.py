@@ -24,6 +24,7 @@ from vmrewind.history.branch import Branch
 from vmrewind.history.configuration import config_of
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
+from vmrewind.journal.copy_before_write import remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.identity import image_identity
@@ -356,6 +357,9 @@ def _become(note: _Note, paths: VmPaths, journal: Path, configuring: Configuring
             write_durably(run_path(journal, info.run), info.to_json())
     write_durably(paths.identity, json.dumps({"name": note.info.vm, "uuid": note.info.uuid}).encode() + b"\n")
     configuring.load(note.directory / note.config).save(paths.config)
+    for disk in note.info.disks:
+        # What an earlier life of the VM here began is of another image.
+        remove(journal, disk.target)
     write_durably(journal / "head.json", Head(end_of(note.info), dict(note.images)).to_json())
 
 

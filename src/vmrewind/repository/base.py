@@ -1,4 +1,4 @@
-"""Making a base: a full backup of a disk image that nobody writes to meanwhile.
+"""Making a base: a full backup of a disk, of an image that nobody writes to meanwhile, or of the disk as it was when its run began.
 
 One thread reads what the image's file system says is data; a few others hash, compress and store it. An interrupted backup goes
 on where it was. The manifest is put last, when every chunk is durable, so a base that can be seen is complete.
@@ -11,12 +11,13 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vmrewind.errors import ImageError
+from vmrewind.journal.copy_before_write import CopyBeforeWrite, State
 from vmrewind.journal.identity import image_identity
 from vmrewind.repository.chunks import CHUNK_SIZE, Chunks
 from vmrewind.repository.manifest import Manifest, new_base_id
@@ -74,7 +75,12 @@ def make_base(
     with Partial(partial, identity, ctime_ns, disk_size, repository.repository.id) as done:
         # A block device's identity does not tell whether it was written to since: read it again, though nothing is sent twice.
         known = {} if stat.S_ISBLK(os.fstat(image).st_mode) else done.known
-        job = _Job(repository.repository.chunks, image, path, disk_size, known, done, progress or (lambda *_: None))
+
+        def note(index: int, chunk_id: str | None) -> None:
+            if index not in known:
+                done.add(index, chunk_id)
+
+        job = _Job(repository.repository.chunks, _Still(image, path, disk_size), disk_size, known, note, progress)
         chunks = job.run()
         if image_identity(image, path) != identity:
             raise ImageError(
@@ -89,25 +95,89 @@ def make_base(
     return manifest
 
 
+def make_begun_base(
+    repository: VmRepository, image: int, path: Path, begun: CopyBeforeWrite, *, partial: Path, progress: Progress | None = None
+) -> Manifest:
+    """Make the base that was begun with the run, of an image that the VM may write to meanwhile, and put its manifest.
+
+    ``image`` is a file descriptor open for reading, ``path`` names it. Raises ImageError if the image cannot be read, or if the
+    base has failed: what the disk held then is not known any more. Otherwise, and after what the store raises, the next try goes
+    on where this one was.
+    """
+    base = begun.base
+    with Partial(partial, base.identity, base.time_ns, base.size, repository.repository.id) as done:
+        known = done.known
+        if any(begun.is_taken(index) and index not in known for index in range(-(-base.size // CHUNK_SIZE))):
+            begun.fail("what was stored of it is not known any more: the host died, or it is another repository")
+        _refuse_failed(begun, path)
+
+        def note(index: int, chunk_id: str | None) -> None:
+            if index not in known:
+                done.add(index, chunk_id)
+            begun.take(index)
+
+        job = _Job(repository.repository.chunks, _Begun(image, path, begun), base.size, known, note, progress)
+        chunks = job.run()
+        manifest = Manifest(
+            base.id,
+            base.disk,
+            base.uuid,
+            base.size,
+            CHUNK_SIZE,
+            base.time_ns,
+            base.format,
+            base.backing,
+            base.identity,
+            tuple(chunks),
+        )
+        _refuse_failed(begun, path)
+        repository.put_base(manifest)
+        done.remove()
+    return manifest
+
+
+def _refuse_failed(begun: CopyBeforeWrite, path: Path) -> None:
+    if begun.state is State.FAILED:
+        raise ImageError(
+            f"{path}: the base of {begun.base.disk} was given up: {begun.reason}",
+            "the VM's next start begins another one; until then nothing can be restored that needs this one",
+        )
+
+
+class _Source(Protocol):
+    """Where a base's chunks are read."""
+
+    def has_data(self, index: int) -> bool:
+        """Whether a chunk may hold anything but zeroes; asked for in ascending order."""
+
+    def read(self, index: int) -> bytes:
+        """A chunk. Raises ImageError."""
+
+    def read_again(self, index: int) -> bytes:
+        """A chunk that was stored before, and that the repository has lost. Raises ImageError."""
+
+
 class _Job:
-    """One pass over an image; ``run`` returns the chunk ids."""
+    """One pass over a disk; ``run`` returns the chunk ids. ``note`` is told of every chunk that the repository has."""
 
     def __init__(
-        self, chunks: Chunks, fd: int, path: Path, size: int, known: dict[int, str | None], partial: Partial, progress: Progress
+        self,
+        chunks: Chunks,
+        source: _Source,
+        size: int,
+        known: Mapping[int, str | None],
+        note: Callable[[int, str | None], None],
+        progress: Progress | None,
     ) -> None:
         self._chunks = chunks
-        self._fd = fd
-        self._path = path
+        self._source = source
         self._size = size
         self._known = known
-        self._partial = partial
-        self._progress = progress
+        self._note = note
+        self._progress = progress or (lambda *_: None)
         self._result: list[str | None] = [None] * -(-size // CHUNK_SIZE)
         self._done_bytes = 0
         self._sent_bytes = 0
-        self._data_from = 0
-        self._data_to = 0
-        """The extent of data found last: [from, to)."""
 
     def run(self) -> list[str | None]:
         running: deque[tuple[int, Future[tuple[str | None, int]]]] = deque()
@@ -118,10 +188,10 @@ class _Job:
                     known = self._known.get(index)
                     if known is not None:
                         running.append((index, pool.submit(self._check_known, index, known)))
-                    elif index in self._known or not self._has_data(index):
+                    elif index in self._known or not self._source.has_data(index):
                         running.append((index, _finished()))
                     else:
-                        running.append((index, pool.submit(self._store, self._read(index))))
+                        running.append((index, pool.submit(self._store, self._source.read(index))))
                     while len(running) > _AHEAD_MAX or (running and running[0][1].done()):
                         self._collect(*running.popleft())
                 while running:
@@ -134,22 +204,34 @@ class _Job:
     def _collect(self, index: int, future: Future[tuple[str | None, int]]) -> None:
         chunk_id, sent_bytes = future.result()
         self._result[index] = chunk_id
-        if index not in self._known:
-            self._partial.add(index, chunk_id)
+        self._note(index, chunk_id)
         self._done_bytes += min(CHUNK_SIZE, self._size - index * CHUNK_SIZE)
         self._sent_bytes += sent_bytes
         self._progress(self._done_bytes, self._size, self._sent_bytes)
 
     def _check_known(self, index: int, chunk_id: str) -> tuple[str | None, int]:
         """What an earlier try stored may have been removed from the repository since."""
-        return (chunk_id, 0) if self._chunks.exists(chunk_id) else self._store(self._read(index))
+        return (chunk_id, 0) if self._chunks.exists(chunk_id) else self._store(self._source.read_again(index))
 
     def _store(self, data: bytes) -> tuple[str | None, int]:
         if data == _ZEROES[: len(data)]:
             return None, 0
         return self._chunks.put(data)
 
-    def _read(self, index: int) -> bytes:
+
+class _Still:
+    """An image that nobody writes to."""
+
+    def __init__(self, fd: int, path: Path, size: int) -> None:
+        self._fd = fd
+        self._path = path
+        self._size = size
+        self._data_from = 0
+        self._data_to = 0
+        """The extent of data found last: [from, to)."""
+
+    def read(self, index: int) -> bytes:
+        """See ``_Source``."""
         offset = index * CHUNK_SIZE
         length = min(CHUNK_SIZE, self._size - offset)
         parts = []
@@ -159,13 +241,15 @@ class _Job:
                 offset += len(part)
                 length -= len(part)
         except OSError as error:
-            raise ImageError(
-                f"{self._path}: cannot be read at offset {offset}: {error.strerror}", "check the disk that holds it"
-            ) from error
+            raise _unreadable(self._path, offset, error) from error
         return b"".join((*parts, bytes(length)))
 
-    def _has_data(self, index: int) -> bool:
-        """Whether the file system says that the chunk holds any data; asked for in ascending order."""
+    def read_again(self, index: int) -> bytes:
+        """See ``_Source``."""
+        return self.read(index)
+
+    def has_data(self, index: int) -> bool:
+        """Whether the file system says that the chunk holds any data."""
         start, end = index * CHUNK_SIZE, min((index + 1) * CHUNK_SIZE, self._size)
         if self._data_to <= start:
             try:
@@ -177,6 +261,40 @@ class _Job:
                 else:  # a block device, or a file system that does not know: all is data
                     self._data_from, self._data_to = start, self._size
         return self._data_from < end and self._data_to > start
+
+
+class _Begun:
+    """A disk as it was when its run began, whatever the guest has written since."""
+
+    def __init__(self, fd: int, path: Path, begun: CopyBeforeWrite) -> None:
+        self._fd = fd
+        self._path = path
+        self._begun = begun
+        self._now = _Still(fd, path, begun.base.size)
+
+    def has_data(self, index: int) -> bool:
+        """See ``_Source``."""
+        # In this order: a hole that the guest has not written to since it was seen was one then.
+        return self._now.has_data(index) or self._begun.touched(index)
+
+    def read_again(self, index: int) -> bytes:
+        """See ``_Source``."""
+        if self._begun.is_taken(index):
+            self._begun.fail(f"the repository has lost chunk {index}, and its old content was not kept any longer")
+            _refuse_failed(self._begun, self._path)
+        return self.read(index)
+
+    def read(self, index: int) -> bytes:
+        """See ``_Source``."""
+        try:
+            return self._begun.read(self._fd, index)
+        except OSError as error:
+            raise _unreadable(self._path, index * CHUNK_SIZE, error) from error
+
+
+def _unreadable(path: Path, offset: int, error: OSError) -> ImageError:
+    """What to say of an image that cannot be read."""
+    return ImageError(f"{path}: cannot be read at offset {offset}: {error.strerror}", "check the disk that holds it")
 
 
 def _finished() -> Future[tuple[str | None, int]]:

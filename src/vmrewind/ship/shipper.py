@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.errors import CorruptionError, RepositoryError
+from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RunInfo, run_path
 from vmrewind.repository.layout import SegmentName
@@ -230,7 +231,9 @@ class Shipper:
     def _look_for_bases(self, vm: VmRepository) -> None:
         needed = bases_needed(self._runs, self._disks)
         there = self._sender.run(lambda: {target: vm.bases(target) for target in needed})
-        self.baseless = tuple(sorted(target for target, base in needed.items() if base not in there[target]))
+        begun = {target: found[0] for target in needed if (found := begun_base(self._journal, target)) is not None}
+        lacking = {target for target, base in needed.items() if base not in there[target] and base != begun.get(target)}
+        self.baseless = tuple(sorted(lacking))
         if self.baseless:
             declare_baseless(self._state, max(self._runs), vm.repository.id, self.baseless)
 

@@ -1,18 +1,30 @@
-"""Bases at a VM's start: is there one that the image still equals, and if not, make one."""
+"""Bases at a VM's start: is there one that the image still equals, and if not, begin one, which is made while the VM runs.
+
+``python -m vmrewind.start.bases`` makes those that were begun: a process of its own, started by the keeper.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from vmrewind.capture.image import Image
-from vmrewind.errors import CorruptionError
+from vmrewind.errors import CorruptionError, ImageError, VmrewindError
+from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State
+from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import ImageIdentity, write_durably
 from vmrewind.paths import VmPaths
-from vmrewind.repository.base import make_base
-from vmrewind.repository.manifest import Manifest
-from vmrewind.repository.repository import VmRepository
+from vmrewind.repository.base import make_base, make_begun_base
+from vmrewind.repository.manifest import Manifest, new_base_id
+from vmrewind.repository.repository import Repository, VmRepository
+
+_NICENESS: Final = 10
 
 Progress = Callable[[str, int, int, int], None]
 """Called with (disk, bytes done, bytes in total, bytes sent)."""
@@ -77,3 +89,85 @@ def back_up(paths: VmPaths, repository: VmRepository, image: Image, uuid: str, p
     )
     write_durably(paths.bases / image.target / f"{manifest.id}.json", manifest.to_json())
     return manifest
+
+
+def begin(journal: Path, image: Image, run: int, uuid: str) -> str:
+    """Begin the base of an open, locked image as it is now, which a run is about to write to; its id. Raises SpaceError."""
+    time_ns = time.time_ns()
+    base = BegunBase(
+        new_base_id(time_ns), run, uuid, image.target, image.size, image.format, image.backing, time_ns, image.identity()
+    )
+    CopyBeforeWrite.begin(journal, base)
+    return base.id
+
+
+def complete(paths: VmPaths, repository: VmRepository, begun: CopyBeforeWrite, progress: Progress | None) -> Manifest:
+    """Make a base that was begun, of an image that may be in use, and keep a copy of its manifest here.
+
+    Raises ImageError if the image cannot be read or the base has failed, and what the store raises.
+    """
+    base = begun.base
+    image = Path(base.identity.path)
+
+    def report(done: int, total: int, sent: int) -> None:
+        if progress is not None:
+            progress(base.disk, done, total, sent)
+
+    try:
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"{image}: cannot be opened: {error.strerror}", "check the path and its mode") from error
+    try:
+        status = os.fstat(fd)
+        if base.identity.inode not in (0, status.st_ino):
+            raise ImageError(f"{image}: another file than the one that the base of {base.disk} was begun of", "put that one back")
+        partial = paths.state / f"begun-{base.disk}.partial"
+        manifest = make_begun_base(repository, fd, image, begun, partial=partial, progress=report)
+    finally:
+        os.close(fd)
+    write_durably(paths.bases / base.disk / f"{manifest.id}.json", manifest.to_json())
+    begun.finish()
+    return manifest
+
+
+def main() -> int:
+    """Make the bases that were begun of the disks named; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="vmrewind.start.bases")
+    parser.add_argument("--vm", required=True)
+    parser.add_argument("--journal", type=Path, required=True)
+    parser.add_argument("--repository", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("disks", nargs="+")
+    given = parser.parse_args()
+    os.nice(_NICENESS)
+    paths = VmPaths(given.vm)
+    events = EventLog(paths.events(int(given.run, 16)))
+    code = 0
+    for target in given.disks:
+        begun = CopyBeforeWrite.open(given.journal, target)
+        if begun is None:
+            continue
+        with begun:
+            try:
+                began = time.monotonic()
+                sent_bytes = 0
+
+                def note(_disk: str, _done: int, _total: int, sent: int) -> None:
+                    nonlocal sent_bytes
+                    sent_bytes = sent
+
+                manifest = complete(paths, Repository.open(given.repository).vm(given.vm), begun, note)
+                seconds = round(time.monotonic() - began, 3)
+                events.write(
+                    "base.made", disk=target, base=manifest.id, bytes=manifest.size, sent_bytes=sent_bytes, seconds=seconds
+                )
+            except VmrewindError as error:
+                if begun.state is not State.FAILED:
+                    code = error.exit_code
+                    events.write("base.interrupted", disk=target, error=str(error), hint=error.hint)
+                sys.stderr.write(f"base: {given.vm}: {error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

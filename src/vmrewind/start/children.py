@@ -262,27 +262,32 @@ class ShipChild:
         return await self.wait()
 
 
-class ResyncChild:
-    """A process that closes gaps: it compares images with their history and ends."""
+class Errand:
+    """A process that does something for a run while its VM runs, and ends."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     @classmethod
-    async def create(
-        cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str], bytes_max: int
-    ) -> ResyncChild:
-        """Start the process for the disks named."""
-        command = [sys.executable, "-m", "vmrewind.recover.resync", "--vm", paths.name, "--journal", str(journal)]
-        command += ["--repository", repository, "--run", run, "--bytes-max", str(bytes_max), *disks]
-        return cls(await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL))
+    async def resync(
+        cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str], *, bytes_max: int
+    ) -> Errand:
+        """It closes the gaps of the disks named: compares images with their history."""
+        command = _errand("vmrewind.recover.resync", paths, journal, repository, run)
+        return cls(await _spawn(paths, [*command, "--bytes-max", str(bytes_max), *disks], stdin=DEVNULL, stdout=DEVNULL))
+
+    @classmethod
+    async def bases(cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str]) -> Errand:
+        """It makes the bases that were begun of the disks named."""
+        command = _errand("vmrewind.start.bases", paths, journal, repository, run)
+        return cls(await _spawn(paths, [*command, *disks], stdin=DEVNULL, stdout=DEVNULL))
 
     async def wait(self) -> str:
         """Wait for its end; returns how it ended, in words."""
         return _ending(await self._process.wait())
 
     async def kill(self) -> None:
-        """End it; what it has not closed stays a gap."""
+        """End it; the next one goes on."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
@@ -299,6 +304,11 @@ async def merge_tables(paths: VmPaths, journal: Path) -> None:
             process.kill()
         await process.wait()
         raise
+
+
+def _errand(module: str, paths: VmPaths, journal: Path, repository: str, run: str) -> list[str]:
+    command = [sys.executable, "-m", module, "--vm", paths.name, "--journal", str(journal)]
+    return [*command, "--repository", repository, "--run", run]
 
 
 def assignment(

@@ -26,9 +26,18 @@ Range = tuple[int, int]
 
 
 def goes_on(
-    journal: Path, repository: VmRepository | None, runs: Iterable[RunInfo], position: Position, target: str, size: int
+    journal: Path,
+    repository: VmRepository | None,
+    runs: Iterable[RunInfo],
+    position: Position,
+    target: str,
+    size: int,
+    begun: str | None = None,
 ) -> bool:
-    """Whether the disk's state at ``position`` can be composed, its size unchanged; ``repository`` None counts as having all."""
+    """Whether the disk's state at ``position`` can be composed, its size unchanged; ``repository`` None counts as having all.
+
+    ``begun``: the id of a base that the repository is about to have.
+    """
     known = {info.run: info for info in runs}
     shipped = list(repository.segments()) if repository is not None else []
     run, last = position.run, position.seq
@@ -40,7 +49,7 @@ def goes_on(
             return False
         base = info.bases.get(target)
         if base is not None:
-            return repository is None or base in repository.bases(target)
+            return repository is None or base == begun or base in repository.bases(target)
         if target in info.gaps and not (
             gap_closed(journal, run, disk.index, last) or _gap_closed_there(repository, shipped, run, disk.index, last)
         ):

@@ -16,6 +16,7 @@ from typing import Final
 from vmrewind.capture.dirty import is_bypassed
 from vmrewind.capture.recovery import recover
 from vmrewind.errors import ImageError, StartError
+from vmrewind.journal.copy_before_write import CopyBeforeWrite
 from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import Discontinuity, ImageIdentity, Position, RunInfo, new_run_id, run_path, write_durably
 from vmrewind.journal.state import StatePage
@@ -70,6 +71,10 @@ def leave_protection(
             f"{info.vm}: somebody else has used the images of {', '.join(sorted(recovered.changed))} while capture was away",
             "find out who, then stop the VM and start it again",
         )
+    for disk in info.disks:
+        if (base := CopyBeforeWrite.open(journal, disk.target)) is not None:
+            with base:
+                base.fail("the disks were served unprotected before it was complete")
     following = _behind(journal, info, recovered.position)
     write_durably(run_path(journal, following.run), following.to_json())
     return following

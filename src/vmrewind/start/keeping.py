@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from vmrewind.errors import CorruptionError, SpaceError, VmStateError
+from vmrewind.journal.copy_before_write import begun_base, remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.ship.meter import unsent
 from vmrewind.start.bases import Progress
-from vmrewind.start.children import CLEAN, ResyncChild, ShipChild, listen
+from vmrewind.start.children import CLEAN, Errand, ShipChild, listen
 from vmrewind.start.fallback import begun
 from vmrewind.start.keeper_control import KeeperControl
 from vmrewind.start.leftovers import clear_leftovers
@@ -40,8 +41,10 @@ _SHIP_RESTART_SECONDS: Final = 0.2
 _SHIP_STOP_SECONDS: Final = 10.0
 _SHIP_FINISH_SECONDS: Final = 7.0
 _RETRY_SECONDS: Final = 1.0
-_RESYNC_RETRY_SECONDS: Final = 2.0
-_RESYNC_RETRY_SECONDS_MAX: Final = 300.0
+_BASES_STOP_SECONDS: Final = 5.0
+"""How long a VM's stop waits for a base that is nearly made."""
+_ERRAND_RETRY_SECONDS: Final = 2.0
+_ERRAND_RETRY_SECONDS_MAX: Final = 300.0
 
 T = TypeVar("T")
 
@@ -66,6 +69,8 @@ class Keeper:
         self._plan: Plan | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._resyncing: asyncio.Task[None] | None = None
+        self._making_bases: asyncio.Task[None] | None = None
+        self._unmade: dict[str, float] = {}
         self._stopping = False
         self._qemu_pid: int | None = None
         self._repository: str | None = None
@@ -127,6 +132,9 @@ class Keeper:
         with contextlib.suppress(OSError, CorruptionError):
             if self._plan is not None and not begun(self.storage.journal, self.run):
                 run_path(self.storage.journal, self.run).unlink(missing_ok=True)
+                for target, base in self._plan.info.bases.items():
+                    if (found := begun_base(self.storage.journal, target)) is not None and found[0] == base:
+                        remove(self.storage.journal, target)
 
     async def _bring_up(
         self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None, backup: Sequence[str]
@@ -166,6 +174,7 @@ class Keeper:
             self.note()
             self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
             self._tasks.append(asyncio.create_task(self._persist("ship", lambda: self._keep_ship(repository))))
+            self._begin_bases(repository, [disk.target for disk in config.protection.disk])
             self._begin_resync(plan.resync)
         return config
 
@@ -237,6 +246,12 @@ class Keeper:
     @property
     def left_behind(self) -> str | None:
         """After the end: in words, what of the run the repository does not have, None if it has all."""
+        if self._unmade:
+            disks = ", ".join(f"{target} ({share:.0%} made)" for target, share in self._unmade.items())
+            return (
+                f"{self.paths.name}: the base of {disks} is not complete, and nothing can be restored without it: the next start "
+                f"goes on with it, and so does `vmrewind backup {self.paths.name}`"
+            )
         if self._unsent == 0:
             return None
         what = "what" if self._unsent is None else f"{self._unsent} bytes that"
@@ -268,6 +283,8 @@ class Keeper:
         if self._resyncing is not None:
             # It would compare with a history that the disks have left.
             self._resyncing.cancel()
+        if self._making_bases is not None:
+            self._making_bases.cancel()
         self.run = info.run
         self.events = EventLog(self.paths.events(info.run))
 
@@ -295,27 +312,43 @@ class Keeper:
             self.note()
             self.events.write("ship.restarted", pid=self._ship.pid)
 
+    def _begin_bases(self, repository: str, disks: Sequence[str]) -> None:
+        begun = [target for target in disks if begun_base(self.storage.journal, target) is not None]
+        if begun:
+            make = functools.partial(Errand.bases, self.paths, self.storage.journal, repository, self.run_name, begun)
+            self._making_bases = asyncio.create_task(self._persist("bases", functools.partial(self._send_on, make, [CLEAN])))
+
     def _begin_resync(self, disks: Sequence[str]) -> None:
         if disks and self._repository is not None:
             self._resyncing = asyncio.create_task(self._persist("resync", functools.partial(self._resync, self._repository, disks)))
             self._tasks.append(self._resyncing)
 
     async def _resync(self, repository: str, disks: Sequence[str]) -> None:
-        """Close the gaps that this run began with. A resync that fails is tried again: the repository may be away for a while."""
-        pause_seconds = _RESYNC_RETRY_SECONDS
+        """Close the gaps that this run began with."""
+        if self._making_bases is not None:
+            # It compares with a history that may need them.
+            await asyncio.wait([self._making_bases])
+        bytes_max = self.storage.journal_size // 2
+        make = functools.partial(
+            Errand.resync, self.paths, self.storage.journal, repository, self.run_name, disks, bytes_max=bytes_max
+        )
+        await self._send_on(make, [CLEAN, f"exit code {SpaceError.exit_code}"])
+
+    @staticmethod
+    async def _send_on(make: Callable[[], Awaitable[Errand]], enough: Sequence[str]) -> None:
+        """Send processes on an errand until one ends with what is ``enough``: the repository may be away for a while."""
+        pause_seconds = _ERRAND_RETRY_SECONDS
         while True:
-            child = await ResyncChild.create(
-                self.paths, self.storage.journal, repository, self.run_name, disks, self.storage.journal_size // 2
-            )
+            errand = await make()
             try:
-                ending = await child.wait()
+                ending = await errand.wait()
             except asyncio.CancelledError:
-                await child.kill()
+                await errand.kill()
                 raise
-            if ending in (CLEAN, f"exit code {SpaceError.exit_code}"):
+            if ending in enough:
                 return
             await asyncio.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, _RESYNC_RETRY_SECONDS_MAX)
+            pause_seconds = min(2 * pause_seconds, _ERRAND_RETRY_SECONDS_MAX)
 
     # -- the end
 
@@ -332,6 +365,7 @@ class Keeper:
             except Exception as error:  # noqa: BLE001 - ship and the sockets are to be ended all the same
                 ending = f"failed: {error!r}"
             self.events.write("capture.ended", ending=ending)
+        await self._stop_bases()
         await self._stop_ship()
         if self._noting_again is not None:
             self._noting_again.cancel()
@@ -342,6 +376,17 @@ class Keeper:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    async def _stop_bases(self) -> None:
+        """What is not made by now goes on with the next start: nobody writes to the images but who keeps what it needs."""
+        if self._making_bases is None:
+            return
+        await asyncio.wait([self._making_bases], timeout=_BASES_STOP_SECONDS)
+        self._making_bases.cancel()
+        await asyncio.gather(self._making_bases, return_exceptions=True)
+        targets = [disk.target for disk in self._plan.info.disks] if self._plan is not None else []
+        found = {target: begun_base(self.storage.journal, target) for target in targets}
+        self._unmade = {target: base[1] for target, base in found.items() if base is not None}
 
     async def _stop_ship(self) -> None:
         if self._ship is None:

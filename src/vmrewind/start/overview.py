@@ -11,6 +11,7 @@ from typing import Any
 
 from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.history.unrecorded import unrecorded
+from vmrewind.journal.copy_before_write import CopyBeforeWrite, State
 from vmrewind.journal.format import run_name
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
@@ -49,6 +50,7 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             d.target: {"image": d.image, "format": d.format, "bases": _bases(handle, d.target)} for d in config.protection.disk
         }
         result["ship"] = {"wanted": read_wanted(handle.paths)}
+        _ask_bases(handle, result)
     damaged: list[CorruptionError] = []
     runs = local_runs(handle.journal, damaged.append)
     head = read_head(handle.journal, damaged.append)
@@ -110,6 +112,26 @@ def overview(handle: VmHandle) -> dict[str, Any]:
     if (handle.journal / RESTORE_PENDING).exists():
         problems.append("a restore in place was interrupted: run it again to complete it")
     return result
+
+
+def _ask_bases(handle: VmHandle, result: dict[str, Any]) -> None:
+    """How the bases stand that were begun."""
+    for target, disk in result["disks"].items():
+        try:
+            begun = CopyBeforeWrite.open(handle.journal, target)
+        except OSError as error:
+            result["problems"].append(f"{target}: how its base stands cannot be known: {error}")
+            continue
+        if begun is None:
+            continue
+        with begun:
+            if begun.state is State.MAKING:
+                disk["base_being_made"] = {"id": begun.base.id, "since_ns": begun.base.time_ns, "share": begun.taken_share}
+            elif begun.state is State.FAILED:
+                result["problems"].append(
+                    f"{target}: base {begun.base.id} was given up, nothing that needs it can be restored: {begun.reason}; "
+                    "the VM's next start begins another one"
+                )
 
 
 def _ask_capture(handle: VmHandle, result: dict[str, Any]) -> None:

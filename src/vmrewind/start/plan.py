@@ -1,7 +1,7 @@
 """Planning a run: what the images hold, which history they continue, and which bases stand below it.
 
 Comes before any disk is assigned. What a crash left is finished first; then every image is compared, by identity, with what
-the last run left. An image that nobody touched continues its history; any other gets a base of its own, and the time in between
+the last run left. An image that nobody touched continues its history; any other begins a base of its own, and the time in between
 is a gap with a cause, because what happened to it then is not known.
 """
 
@@ -24,6 +24,7 @@ from vmrewind.history.configuration import config_digest
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
+from vmrewind.journal.copy_before_write import CopyBeforeWrite, State, remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import (
     Discontinuity,
@@ -40,7 +41,7 @@ from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.ship.noted import forget_shipped_elsewhere
-from vmrewind.start.bases import Progress, back_up, matching_base
+from vmrewind.start.bases import Progress, back_up, begin, complete, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
 from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
@@ -68,6 +69,8 @@ class Past:
     gap_cause: str = "the image is not as the last run left it: it was changed while the VM was off"
     used: frozenset[str] = frozenset()
     """Disks whose images somebody used after the last run died, so that its journal was not replayed onto them."""
+    recovered: bool = False
+    """The last run died, and the host did not: all that it did to its images is known, but for those that are ``used``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +150,18 @@ class Planner:
                 image.extend()
                 continuous = self._continues(image, past)
                 base = self._matching_base(image, vm_uuid)
+                begun = self._begun(image, past, continuous=continuous)
                 if image.target in backup:
-                    base = self._make_base(image, vm_uuid, "a backup was asked for")
+                    base = self._back_up(image, vm_uuid, begun)
                 wanted = self.config.protection.repository is not None
                 if base is None and wanted:
-                    stands = self._stands(image, past)
+                    stands = self._stands(image, past, begun)
                     if stands and not continuous:
                         resync.append(image.target)
                     elif not stands:
-                        base = self._make_base(image, vm_uuid, "no base equals it as it is now" if past.runs else "it has none yet")
+                        base = self._begin_base(
+                            image, run, vm_uuid, "no base equals it as it is now" if past.runs else "it has none yet"
+                        )
                 if base is not None:
                     bases[image.target] = base
                 if past.position is not None and not continuous:
@@ -228,10 +234,11 @@ class Planner:
                 records_applied=recovered.records_applied,
                 host_died=recovered.host_died,
             )
+            known = not recovered.host_died
             cause = "the host died: the images may hold writes that the journal lost" if recovered.host_died else (
                 "vmrewind itself was killed, and what touched the images since is not known"
             )  # fmt: skip
-            return Past(runs, recovered.position, None, cause, recovered.changed)
+            return Past(runs, recovered.position, None, cause, recovered.changed, known)
         cause = "the last run did not end cleanly"
         if (position := known_end(self.journal, runs)) is not None:
             return Past(runs, position, None, cause)
@@ -317,20 +324,60 @@ class Planner:
                 "are written, the journal drops its oldest history, and nothing can be restored until the next base"
             )
 
-    def _stands(self, image: Image, past: Past) -> bool:
-        """Whether the disk's history can be gone on from here without a new base."""
+    def _begun(self, image: Image, past: Past, *, continuous: bool) -> str | None:
+        """The base of the disk that an earlier run began and that can be gone on with; what is left of any other is removed.
+
+        It can if all that was written to the image since is known: by those who keep what the base does not have yet.
+        """
+        begun = CopyBeforeWrite.open(self.journal, image.target)
+        if begun is None:
+            remove(self.journal, image.target)
+            return None
+        with begun:
+            base = begun.base
+            named = any(info.bases.get(image.target) == base.id for info in past.runs)
+            known = continuous or (past.recovered and image.target not in past.used)
+            if begun.state is State.MAKING and named and known and base.size == image.size:
+                return base.id
+            if begun.state is not State.DONE and named:
+                reason = begun.reason or "what was written to the image since is not known"
+                self.say(f"{image.target}: base {base.id} is given up, and what needs it cannot be restored: {reason}")
+                self.events.write("base.given-up", disk=image.target, base=base.id, reason=reason)
+        remove(self.journal, image.target)
+        return None
+
+    def _stands(self, image: Image, past: Past, begun: str | None) -> bool:
+        """Whether the disk's history can be gone on from here without a new base. ``begun``: the base that is being made of it."""
         if past.position is None or not run_path(self.journal, past.position.run).exists() or self._strange:
             return False
-        return goes_on(self.journal, self.repository, past.runs, past.position, image.target, image.size)
+        return goes_on(self.journal, self.repository, past.runs, past.position, image.target, image.size, begun)
 
-    def _make_base(self, image: Image, vm_uuid: str, why: str) -> str:
+    def _reachable(self, image: Image) -> VmRepository:
         if self.repository is None:
             assert self.answer.unreachable is not None, "either there is a repository or there is the reason why not"
             raise RepositoryError(
                 f"{image.target} needs a full backup before it starts, and the repository can't be used: {self.answer.unreachable}",
                 self.answer.unreachable.hint,
             )
-        self.say(f"{image.target}: making a base (full backup): {why}")
-        manifest = back_up(self.paths, self.repository, image, vm_uuid, self.progress)
+        return self.repository
+
+    def _begin_base(self, image: Image, run: int, vm_uuid: str, why: str) -> str:
+        self._reachable(image)
+        base = begin(self.journal, image, run, vm_uuid)
+        self.say(f"{image.target}: a base (full backup) of it as it is now is made while the VM runs: {why}")
+        self.events.write("base.begun", disk=image.target, base=base, bytes=image.size, reason=why)
+        return base
+
+    def _back_up(self, image: Image, vm_uuid: str, begun: str | None) -> str:
+        """Make a base before the run begins, after the one that is still being made: what was written in between needs that."""
+        repository = self._reachable(image)
+        found = CopyBeforeWrite.open(self.journal, image.target) if begun is not None else None
+        if found is not None:
+            with found:
+                self.say(f"{image.target}: completing base {begun}, which was begun before")
+                complete(self.paths, repository, found, self.progress)
+                self.events.write("base.made", disk=image.target, base=begun, bytes=image.size)
+        self.say(f"{image.target}: making a base (full backup): a backup was asked for")
+        manifest = back_up(self.paths, repository, image, vm_uuid, self.progress)
         self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)
         return manifest.id
