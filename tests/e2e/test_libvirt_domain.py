@@ -147,7 +147,7 @@ def test_a_protected_domain_is_known_by_its_name_before_its_first_start(host: Li
     host.virsh("start", "web01")
     keeping = running(VmPaths("web01"))
     assert keeping is not None
-    assert "base.made" not in VmPaths("web01").events(int(keeping.run, 16)).read_text()
+    assert "base.begun" not in VmPaths("web01").events(int(keeping.run, 16)).read_text()
 
 
 def test_a_start_that_fails_says_why_and_leaves_nothing_behind(host: LibvirtHost) -> None:

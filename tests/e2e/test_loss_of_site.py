@@ -75,7 +75,7 @@ def lose_and_take_over(network: Network, url: str, directory: Path, monkeypatch:
             successor.wait_for(f"^ACK {first}$")
             rto_seconds = time.monotonic() - began
             start = [event["event"] for event in successor.events()]
-            assert "base.made" not in start and "history.gap" not in start, start
+            assert "base.begun" not in start and "history.gap" not in start, start
             assert errors(successor.console.text()) == []
             successor.quit()
     lost = [record for record in journal_records(kept / "state/vms" / NAME / "journal") if record["seq"] > taken["parent"]["seq"]]

@@ -40,11 +40,11 @@ def names(vm: ProtectedVm) -> list[str]:
 def test_a_second_run_continues_the_first(tmp_path: Path) -> None:
     with writer_vm(tmp_path, "twice") as vm:
         run_once(vm)
-        assert "base.made" in names(vm)
+        assert "base.begun" in names(vm)
         between = datetime.now(UTC).isoformat()
         shutil.copyfile(tmp_path / "vda.raw", tmp_path / "between.raw")
         run_once(vm)
-        assert "base.made" not in names(vm) and "history.gap" not in names(vm)
+        assert "base.begun" not in names(vm) and "history.gap" not in names(vm)
     restore(vm, between, tmp_path / "at")
     assert (tmp_path / "at" / "vda.raw").read_bytes() == (tmp_path / "between.raw").read_bytes()
     restore(vm, "latest", tmp_path / "end")
@@ -61,7 +61,7 @@ def test_an_image_changed_while_off_is_a_gap_and_not_guessed(tmp_path: Path) -> 
             file.write(b"behind our back")
         vm.console.path.unlink()
         vm.start()
-        assert "history.gap" in names(vm) and "base.made" not in names(vm)
+        assert "history.gap" in names(vm) and "base.begun" not in names(vm)
         vm.wait_for("^ACK")
         done = wait_for_resync(vm)
         # Only what differs is journaled anew: the block that was changed, and what the guest wrote before it was compared.
@@ -142,7 +142,7 @@ def test_another_size_than_the_bases_is_refused_until_a_backup_is_made(tmp_path:
         vmrewind("backup", vm.config)
         assert "history.gap" in names(vm), "the backup is a run of its own, and the gap lies before it"
         run_once(vm)
-        assert "history.gap" not in names(vm) and "base.made" not in names(vm)
+        assert "history.gap" not in names(vm) and "base.begun" not in names(vm)
     restore(vm, "latest", tmp_path / "end")
     assert (tmp_path / "end" / "vda.raw").read_bytes() == image.read_bytes()
 
@@ -166,7 +166,7 @@ def test_in_place_restore_goes_back_and_history_goes_on_from_there(tmp_path: Pat
         assert restore(vm, "latest", tmp_path / "rewound")["seq"] == marked["seq"]
         assert "taken back" in vmrewind("timeline", vm.config).stdout
         run_once(vm)
-        assert "history.gap" not in names(vm) and "base.made" not in names(vm)
+        assert "history.gap" not in names(vm) and "base.begun" not in names(vm)
     restore(vm, "latest", tmp_path / "end")
     assert (tmp_path / "end" / "vda.raw").read_bytes() == image.read_bytes()
     restore(vm, f"seq:{marked['seq']}", tmp_path / "good")

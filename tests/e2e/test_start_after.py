@@ -121,7 +121,7 @@ def test_a_start_makes_a_base_when_the_history_below_was_lost(tmp_path: Path) ->
     lost = vmrewind("restore", alone.config, "--at", "latest", "--output", tmp_path / "no", check=False)
     assert lost.returncode == 6
     with alone.serving() as ready:
-        assert "base.made" in alone.events()
+        assert "base.begun" in alone.events()
         alone.write(ready, 99)
     assert alone.restored("latest") == alone.image.read_bytes()
 
@@ -132,7 +132,7 @@ def test_history_that_was_recycled_here_and_shipped_is_gone_on_from(tmp_path: Pa
         for number in range(24):
             alone.write(ready, number + 1, number * MIB)
     with alone.serving() as ready:
-        assert "base.made" not in alone.events() and "history.gap" not in alone.events()
+        assert "base.begun" not in alone.events() and "history.gap" not in alone.events()
         alone.write(ready, 99)
     assert alone.restored("latest") == alone.image.read_bytes()
 
@@ -167,7 +167,7 @@ def test_a_repository_that_was_never_seen_is_not_taken_to_have_anything(tmp_path
     assert refused.returncode == 5 and "needs a full backup" in refused.stderr
     away.rename(other)
     with alone.serving() as ready:
-        assert "base.made" in alone.events()
+        assert "base.begun" in alone.events()
         alone.write(ready, 2)
     then = tmp_path / "then"
     vmrewind("restore", f"{other}/alone", "--at", "latest", "--output", then)
@@ -242,7 +242,7 @@ def test_a_qcow2_image_with_an_internal_snapshot_goes_on(tmp_path: Path) -> None
         before = json.loads(vmrewind("mark", alone.config, "snapshot", "--json").stdout)
         truth = alone.image.read_bytes()
     with alone.serving():
-        assert "history.gap" not in alone.events() and "base.made" not in alone.events()
+        assert "history.gap" not in alone.events() and "base.begun" not in alone.events()
     assert alone.restored(f"seq:{before['seq']}") == truth
     vmrewind("restore", alone.config, "--at", "@snapshot", "--in-place")
     assert alone.image.read_bytes() == truth

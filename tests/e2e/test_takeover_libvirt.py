@@ -35,7 +35,7 @@ def test_a_domain_is_defined_and_started_elsewhere_and_the_old_host_is_refused(t
         assert first > seen
         console.wait_for(f"^ACK {first}$")
         events = [json.loads(line)["event"] for line in host.vmrewind("events", "web01", "--json").stdout.splitlines()]
-        assert "base.made" not in events and "history.gap" not in events, events
+        assert "base.begun" not in events and "history.gap" not in events, events
         host.virsh("destroy", "web01")
         host.virsh("undefine", "web01")
         # The old host is back, with all that it had.

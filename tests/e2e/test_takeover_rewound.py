@@ -25,7 +25,7 @@ def test_rewound_behind_its_takeover_the_vm_is_still_the_new_host_s(tmp_path: Pa
     second.directory, second.format, second.repository = tmp_path, "raw", first.repository
     second.config, second.image = Path(told["config"]), Path(told["images"]["vda"])
     with second.serving() as ready:
-        assert "base.made" not in second.events()
+        assert "base.begun" not in second.events()
         second.write(ready, 3, offset=2 * MIB)
     vmrewind("rewind", second.config, "--to", "@good")
     with second.serving() as ready:

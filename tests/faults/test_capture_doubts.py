@@ -48,6 +48,10 @@ def claimed(capture: Capture) -> dict[str, Any]:
     return head
 
 
+def lost(capture: Capture) -> list[tuple[int, int]]:
+    return [(entry.record.offset, entry.record.op) for entry in journal_entries(capture.journal)]
+
+
 def differs(capture: Capture) -> int | None:
     disk = compose(list(journal_entries(capture.journal)), {0: bytes(SIZE)})[0]
     return first_difference(disk, capture.disks[0].image.read_bytes())
@@ -59,7 +63,8 @@ def test_what_others_wrote_into_an_image_is_never_claimed(tmp_path: Path, how: s
         filled(capture)
         image = capture.disks[0].image
         os.truncate(image, 4 * MIB)
-        until(lambda: capture.events("image.cut-short"), "the cut to be seen")
+        # Not only seen: what comes before the loss is journaled would be journaled with it.
+        until(lambda: (4 * MIB, fmt.Op.ZERO) in lost(capture), "what the cut lost to be journaled")
         with open(image, "r+b") as file:
             file.seek(6 * MIB)
             file.write(b"F" * (SIZE - 6 * MIB))

@@ -94,7 +94,7 @@ def test_a_living_capture_across_steps_of_an_hour(tmp_path: Path) -> None:
         alone.write(ready, 4)
     host.set(-HOUR)
     with alone.serving(**host.environment) as ready:
-        assert "base.made" not in alone.events() and "history.gap" not in alone.events()
+        assert "base.begun" not in alone.events() and "history.gap" not in alone.events()
         alone.write(ready, 5)
         stepped(alone, 1)
     records = dump(alone)

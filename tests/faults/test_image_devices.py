@@ -57,7 +57,7 @@ def overwrite(device: Path) -> None:
 def test_a_device_that_nobody_wrote_to_goes_on(alone: Alone) -> None:
     alone.image.read_bytes()
     with alone.serving() as ready:
-        assert gaps(alone) == [] and "base.made" not in alone.events()
+        assert gaps(alone) == [] and "base.begun" not in alone.events()
         alone.write(ready, 2)
     assert alone.restored("latest") == alone.image.read_bytes()
 

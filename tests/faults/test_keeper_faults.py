@@ -280,7 +280,7 @@ def test_a_start_that_failed_after_its_run_began_keeps_the_run_s_description(
     mode.unlink()
     with alone.serving() as ready:
         until(lambda: "resync.done" in told(alone), "the end of the gap")
-        assert "base.made" not in told(alone)
+        assert "base.begun" not in told(alone)
         alone.write(ready, 2)
     assert alone.restored("latest") == alone.image.read_bytes()
     assert len(json.loads(vmrewind("timeline", alone.config, "--json").stdout)["runs"]) == 3

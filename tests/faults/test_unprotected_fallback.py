@@ -111,7 +111,7 @@ def test_a_vm_that_ends_unprotected_is_resynced_at_its_next_start(tmp_path: Path
     broken.unlink()
     with alone.serving() as ready:
         until(lambda: "resync.done" in log("alone"), "the resync")
-        assert "base.made" not in log("alone")
+        assert "base.begun" not in log("alone")
         alone.write(ready, 4, 2 * MIB)
     image = alone.image.read_bytes()
     assert alone.restored("latest") == image

@@ -72,7 +72,7 @@ def test_a_vm_started_unprotected_has_a_gap_until_its_next_protected_start(tmp_p
         vm.console.path.unlink()
         vm.start()
         until(lambda: "resync.done" in [event["event"] for event in vm.events()], "the resync")
-        assert "base.made" not in [event["event"] for event in vm.events()]
+        assert "base.begun" not in [event["event"] for event in vm.events()]
         vm.quit()
         assert vm.status()["problems"] == []
     restore(vm, "latest", tmp_path / "latest")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -268,6 +269,14 @@ class CopyBeforeWrite:
         self._map[at + low : at + high] = here.to_bytes(high - low, "little")
 
     # -- whoever makes the base
+
+    def claim(self) -> bool:
+        """Make the base alone, until this is closed; False if another process makes it."""
+        try:
+            fcntl.flock(self._old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def is_taken(self, chunk: int) -> bool:
         """Whether the base has a chunk, so that nothing of it is kept any more."""

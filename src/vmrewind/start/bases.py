@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.image import Image
-from vmrewind.errors import CorruptionError, ImageError, VmrewindError
+from vmrewind.errors import CorruptionError, ImageError, StartError, VmrewindError, VmStateError
 from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import ImageIdentity, write_durably
@@ -25,6 +27,7 @@ from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.repository import Repository, VmRepository
 
 _NICENESS: Final = 10
+_PR_SET_PDEATHSIG: Final = 1
 
 Progress = Callable[[str, int, int, int], None]
 """Called with (disk, bytes done, bytes in total, bytes sent)."""
@@ -104,9 +107,12 @@ def begin(journal: Path, image: Image, run: int, uuid: str) -> str:
 def complete(paths: VmPaths, repository: VmRepository, begun: CopyBeforeWrite, progress: Progress | None) -> Manifest:
     """Make a base that was begun, of an image that may be in use, and keep a copy of its manifest here.
 
-    Raises ImageError if the image cannot be read or the base has failed, and what the store raises.
+    Raises VmStateError if another process makes it, ImageError if the image cannot be read or the base has failed, and what the
+    store raises.
     """
     base = begun.base
+    if not begun.claim():
+        raise VmStateError(f"base {base.id} of disk {base.disk} is being made by another process", "wait for it")
     image = Path(base.identity.path)
 
     def report(done: int, total: int, sent: int) -> None:
@@ -137,8 +143,13 @@ def main() -> int:
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--repository", required=True)
     parser.add_argument("--run", required=True)
+    parser.add_argument("--keeper", type=int, required=True, help="the process to end with")
     parser.add_argument("disks", nargs="+")
     given = parser.parse_args()
+    # Without a keeper nobody sees to it that all who write to the images keep what the base needs.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != given.keeper:
+        return StartError.exit_code
     os.nice(_NICENESS)
     paths = VmPaths(given.vm)
     events = EventLog(paths.events(int(given.run, 16)))

@@ -280,7 +280,7 @@ class Errand:
     async def bases(cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str]) -> Errand:
         """It makes the bases that were begun of the disks named."""
         command = _errand("vmrewind.start.bases", paths, journal, repository, run)
-        return cls(await _spawn(paths, [*command, *disks], stdin=DEVNULL, stdout=DEVNULL))
+        return cls(await _spawn(paths, [*command, "--keeper", str(os.getpid()), *disks], stdin=DEVNULL, stdout=DEVNULL))
 
     async def wait(self) -> str:
         """Wait for its end; returns how it ended, in words."""

@@ -71,7 +71,7 @@ class Keeper:
         self._resyncing: asyncio.Task[None] | None = None
         self._making_bases: asyncio.Task[None] | None = None
         self._unmade: dict[str, float] = {}
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._qemu_pid: int | None = None
         self._repository: str | None = None
         self._trouble: str | None = None
@@ -304,7 +304,7 @@ class Keeper:
         while True:
             assert self._ship is not None, "ship was created before it is kept"
             ending = await self._ship.wait()
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             self.events.write("ship.died", pid=self._ship.pid, ending=ending)
             await asyncio.sleep(_SHIP_RESTART_SECONDS + deaths.pause_seconds())
@@ -334,9 +334,11 @@ class Keeper:
         )
         await self._send_on(make, [CLEAN, f"exit code {SpaceError.exit_code}"])
 
-    @staticmethod
-    async def _send_on(make: Callable[[], Awaitable[Errand]], enough: Sequence[str]) -> None:
-        """Send processes on an errand until one ends with what is ``enough``: the repository may be away for a while."""
+    async def _send_on(self, make: Callable[[], Awaitable[Errand]], enough: Sequence[str]) -> None:
+        """Send processes on an errand until one ends with what is ``enough``: the repository may be away for a while.
+
+        No further one once the VM stops.
+        """
         pause_seconds = _ERRAND_RETRY_SECONDS
         while True:
             errand = await make()
@@ -347,14 +349,16 @@ class Keeper:
                 raise
             if ending in enough:
                 return
-            await asyncio.sleep(pause_seconds)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), pause_seconds)
+                return
             pause_seconds = min(2 * pause_seconds, _ERRAND_RETRY_SECONDS_MAX)
 
     # -- the end
 
     async def stop(self) -> None:
         """End the run cleanly: capture first, so that its last records are there for ship to send."""
-        self._stopping = True
+        self._stopping.set()
         await self._control.close()
         for task in self._tasks:
             task.cancel()
