@@ -8,7 +8,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmrewind.cli.progress import byte_progress
 from vmrewind.start.direct import run_direct
 from vmrewind.start.resolve import open_vm
 from vmrewind.start.supersession import go_on_anyway
@@ -31,5 +30,4 @@ def run(
     if force:
         who = go_on_anyway(open_vm(str(config)))
         say("nobody has taken it over: --force changes nothing" if who is None else f"{who.words()}: starting it all the same")
-    with byte_progress() as update:
-        return run_direct(config, say, lambda disk, done, total, _: update(f"base of {disk}", done, total))
+    return run_direct(config, say)

@@ -232,7 +232,7 @@ class Structure:
                     way_round = ", which can be composed from the runs before it" if goes_on else ""
                     self._damage(
                         base_key,
-                        f"missing: the base of disk {target} of run {run_name(info.run)}{way_round}",
+                        f"missing, unless it is still being made: the base of disk {target} of run {run_name(info.run)}{way_round}",
                         NEW_BASE,
                         tree,
                         losses,

@@ -30,6 +30,7 @@ _WORKERS: Final = 2
 _AHEAD_MAX: Final = 6
 """Most chunks that are read and not yet stored: bounds memory to about twice that many times 4 MiB."""
 _ZEROES: Final = bytes(CHUNK_SIZE)
+_TAKEN_TOGETHER: Final = 4
 
 Progress = Callable[[int, int, int], None]
 """Called with (bytes done, bytes in total, bytes sent): of the image, of the image, to the repository."""
@@ -111,10 +112,18 @@ def make_begun_base(
             begun.fail("what was stored of it is not known any more: the host died, or it is another repository")
         _refuse_failed(begun, path)
 
+        untaken: list[int] = []
+
         def note(index: int, chunk_id: str | None) -> None:
             if index not in known:
                 done.add(index, chunk_id)
-            begun.take(index)
+            untaken.append(index)
+            if len(untaken) >= _TAKEN_TOGETHER:
+                # What is taken is kept no longer, so its id must not be lost with the host after the VM's stop.
+                done.sync()
+                for taken in untaken:
+                    begun.take(taken)
+                untaken.clear()
 
         job = _Job(repository.repository.chunks, _Begun(image, path, begun), base.size, known, note, progress)
         chunks = job.run()

@@ -36,7 +36,7 @@ class Partial:
             self._file.truncate(valid)
             if valid == 0:
                 self._file.write(json.dumps(header).encode() + b"\n")
-                self._sync()
+                self.sync()
                 sync_directory(path.parent)
         except BaseException:
             self._file.close()
@@ -69,9 +69,10 @@ class Partial:
         self._file.flush()
         self._unsynced += 1
         if self._unsynced >= _SYNC_EVERY:
-            self._sync()
+            self.sync()
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Bring what was noted to stable storage."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._unsynced = 0

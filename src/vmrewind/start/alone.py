@@ -36,7 +36,7 @@ async def capture_alone(
     def load() -> VmConfig:
         return load_toml(path)
 
-    config = await keeper.bring_up(load, say, None)
+    config = await keeper.bring_up(load, say)
     disks = {disk.target: {"uri": f"nbd+unix:///{disk.target}?socket={keeper.nbd_socket}"} for disk in config.protection.disk}
     ready({"event": "ready", "pid": keeper.capture_pid, "run": keeper.run_name, "disks": disks})
     await stop.wait()

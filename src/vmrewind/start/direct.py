@@ -8,9 +8,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from vmrewind.errors import ConfigError, StartError, VmrewindError
+from vmrewind.errors import ConfigError, VmrewindError
 from vmrewind.paths import VmPaths
-from vmrewind.start.bases import Progress
 from vmrewind.start.images import declare_unprotected, make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper
 from vmrewind.start.places import make_places
@@ -20,13 +19,13 @@ from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.toml import load_toml, peek_storage
 
 
-def run_direct(path: Path, say: Callable[[str], None], progress: Progress | None) -> int:
+def run_direct(path: Path, say: Callable[[str], None]) -> int:
     """Run the VM of a TOML file until it ends; returns QEMU's exit code (128 + n for signal n)."""
-    code = asyncio.run(_run(path, say, progress))
+    code = asyncio.run(_run(path, say))
     return code if code >= 0 else 128 - code
 
 
-async def _run(path: Path, say: Callable[[str], None], progress: Progress | None) -> int:
+async def _run(path: Path, say: Callable[[str], None]) -> int:
     peeked = peek_storage(path)
     if peeked is None:
         # Unprotected, or not readable: the strict parse says which, and the VM needs no capture.
@@ -47,16 +46,8 @@ async def _run(path: Path, say: Callable[[str], None], progress: Progress | None
     keeper = Keeper(storage, "direct")
     stop = asyncio.Event()
     _watch_signals(stop)
-
-    def interruptible(disk: str, done: int, total: int, sent: int) -> None:
-        # A thread cannot be cancelled from outside; a base is made in one.
-        if stop.is_set():
-            raise StartError("stopped before the VM was started", "the next start goes on with the base where this one stopped")
-        if progress is not None:
-            progress(disk, done, total, sent)
-
     try:
-        config = await _until(stop, keeper.bring_up(lambda: _load(path), say, interruptible))
+        config = await _until(stop, keeper.bring_up(lambda: _load(path), say))
     except VmrewindError as error:
         config = _load(path)
         if not may_start_unprotected(config, error):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from vmrewind.errors import ConfigError, StartError, VmrewindError
+from vmrewind.errors import ConfigError, VmrewindError
 from vmrewind.paths import VmPaths
 from vmrewind.start.children import listen
 from vmrewind.start.environment import guard_files
@@ -94,13 +94,8 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
             raise ConfigError(f"domain {domain!r} is not protected", "run `vmrewind protect` for it")
         return config
 
-    def interruptible(disk: str, *_: int) -> None:
-        # A base is made in a thread, which only itself can end.
-        if stop.is_set():
-            raise StartError(f"stopped while the base of {disk} was made", "the next start goes on where this one stopped")
-
     try:
-        await keeper.bring_up(load, _log, interruptible)
+        await keeper.bring_up(load, _log)
     except VmrewindError as error:
         config = load()
         if not may_start_unprotected(config, error):

@@ -107,12 +107,12 @@ class Keeper:
         self,
         load: Callable[[], VmConfig],
         say: Callable[[str], None],
-        progress: Progress | None,
+        progress: Progress | None = None,
         backup: Sequence[str] = (),
     ) -> VmConfig:
         """Create capture, read the configuration, assign the disks, create ship. On failure nothing is left behind.
 
-        ``backup``: disks that get a new base in any case.
+        ``backup``: disks that get a new base in any case, before they are assigned; ``progress`` is told of that.
         """
         make_places(self.paths, self._owner)
         self._lock_vm()
