@@ -68,7 +68,7 @@ def begin(journal: Path, image: Path) -> CopyBeforeWrite:
 def test_kills_of_both_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture and the process that makes the base are killed at random points while a guest writes all over the disk."""
     rng = random.Random(21)
-    size = 64 * MIB
+    size = 128 * MIB
     monkeypatch.setattr(test_capture_kill, "SIZE", size)
     monkeypatch.setattr(test_capture_kill, "SLOT", size // test_capture_kill.SLOTS)
     vmrewind("init", tmp_path / "repository")
@@ -79,16 +79,18 @@ def test_kills_of_both_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shares = []
     with capture:
         with guests(capture.socket_path, {0: before}, 300) as made:
-            for _ in range(8):
-                maker = start_maker(tmp_path, capture, 0.2)
+            for _ in range(6):
+                noted = noted_bytes(tmp_path)
+                maker = start_maker(tmp_path, capture, 0.1)
+                until(lambda noted=noted: noted_bytes(tmp_path) > noted, "a chunk to be stored")
                 until(busy(made, rng.randrange(1, 40)), "the guest's writes")
-                time.sleep(0.3 + rng.random() * 0.4)
+                time.sleep(rng.random() * 0.1)
                 maker.kill()
                 maker.wait()
                 capture.kill()
                 shares.append(begun.taken_share)
                 capture.start()
-            assert shares[0] < 1 and shares != sorted(shares, reverse=True), f"{shares}: or this test tests nothing"
+            assert 0 < shares[-1] < 1, f"{shares}: or this test tests nothing"
             assert start_maker(tmp_path, capture, 0).wait(60) == 0
             for guest in made:
                 guest.finish()
@@ -102,6 +104,11 @@ def test_kills_of_both_under_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     chunks = [bytes(manifest.chunk_length(i)) if c is None else vm.read_chunk(c) for i, c in enumerate(manifest.chunks)]
     assert first_difference(b"".join(chunks), before) is None, "the base is not what the disk was"
     assert sum(before[at : at + 4096] != after[at : at + 4096] for at in range(0, size, 4096)) > 1000, "much was written meanwhile"
+
+
+def noted_bytes(directory: Path) -> int:
+    partial = directory / "partial"
+    return partial.stat().st_size if partial.exists() else 0
 
 
 def start_maker(directory: Path, capture: Capture, pause: float) -> subprocess.Popen[bytes]:
