@@ -62,8 +62,16 @@ class MadeHistory:
     """A VM's history in the making. ``now_ns`` is the clock: set it, or let ``tick`` do so."""
 
     def __init__(
-        self, directory: Path, sizes: dict[str, int], *, journal_size: int = 8 << 20, secret: Secret | None = None
+        self,
+        directory: Path,
+        sizes: dict[str, int],
+        *,
+        journal_size: int = 8 << 20,
+        secret: Secret | None = None,
+        states: bool = True,
     ) -> None:
+        """``states``: keep what the disks were after each record, in memory."""
+        self.states = states
         self.directory = directory
         self.journal = directory / "journal"
         self.repository_path = directory / "repo"
@@ -205,7 +213,7 @@ class MadeHistory:
 
     def _note(self, seq: int, time_ns: int) -> None:
         self.times[seq] = time_ns
-        for disk in self.disks:
+        for disk in self.disks if self.states else ():
             disk.states[seq] = bytes(disk.content)
 
     # -- shipping and reading

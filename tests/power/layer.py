@@ -328,7 +328,9 @@ class Layer:
             stack.enter_context(patch.object(os, "replace", self.rename))
             stack.enter_context(patch.object(os, "remove", self.unlink))
             stack.enter_context(patch("vmrewind.journal.state.mmap", SimpleNamespace(mmap=self.map)))
+            stack.enter_context(patch("vmrewind.journal.copy_before_write.mmap", SimpleNamespace(mmap=self.map)))
             stack.enter_context(patch("vmrewind.capture.image.fallocate", self.fallocate))
+            stack.enter_context(patch("vmrewind.journal.holes.fallocate", self.fallocate))
             yield
 
     # -- the end of a process, or of the power

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.power.layer import real
-from vmrewind.errors import CorruptionError, MomentError
+from vmrewind.errors import CorruptionError, MomentError, RepositoryError
 from vmrewind.history.history import History
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
@@ -92,6 +92,9 @@ class Promises:
                 try:
                     view = View.open(history, target, end)
                 except MomentError:
+                    continue
+                except RepositoryError as missing:
+                    assert "there is no base" in str(missing), "a base that was given up is all that may be missing"
                     continue
                 views[target] = view.read(0, view.size)
                 composed = self._composed(views[target], index, end.run, here)

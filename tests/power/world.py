@@ -33,6 +33,7 @@ from vmrewind.capture.server import Server
 from vmrewind.errors import MomentError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
+from vmrewind.journal.copy_before_write import CopyBeforeWrite, begun_base
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.pool import Recycling, SegmentPool
 from vmrewind.journal.reader import SegmentFile
@@ -40,6 +41,7 @@ from vmrewind.journal.runs import new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.recover.resync import resync
 from vmrewind.repository.repository import Repository
+from vmrewind.start.bases import complete
 from vmrewind.start.plan import Plan, Planner
 from vmrewind.vmconfig.model import DiskConfig, Protection, VmConfig
 
@@ -59,6 +61,10 @@ class Tally:
     lost_records: int = 0
     images_ahead: int = 0
     resyncs: int = 0
+    bases: int = 0
+    """Bases completed while the guest wrote."""
+    bases_gone_on_with: int = 0
+    """Starts that went on with one that an earlier run began."""
     cut_starts: int = 0
     """Power cuts before capture served, recovery and planning included."""
 
@@ -94,6 +100,10 @@ class World:
         self.journal = self.paths.default_journal
         self.server: Server | None = None
         self.plan: Plan | None = None
+        self.begun: dict[str, tuple[str, bytes]] = {}
+        """Of each disk whose base is being made: its id, and what it is to hold."""
+        self.power_lost = False
+        """While the VM ran, since the last plan."""
         self.segments = self.rng.choice((4, 32, 32))
         """With 4, and a guest that writes much, the journal recycles again and again; nobody ships."""
         heavy = self.rng.random() < 0.4
@@ -208,6 +218,7 @@ class World:
                     self._leave()
                     self.pass_time(rng.choice((0.5, 100, 10_000)))
             except PowerCut:
+                self.power_lost = True
                 self.tally.cut_starts += not self.served
                 self._cut()
         for disk in self.disks:
@@ -226,6 +237,7 @@ class World:
         self.plan = plan
         write_durably(run_path(self.journal, plan.info.run), plan.info.to_json())
         self.resyncs = list(plan.resync)
+        self._note_begun(plan)
         while True:
             try:
                 self.server = process.prepare(self.journal, pool, self._assignment(plan))
@@ -330,6 +342,8 @@ class World:
         chance = rng.random()
         if chance < 0.05:
             self.server.record_event(fmt.Event.BOOKMARK, {"name": "x" * rng.randrange(1, 5000)})
+        elif chance < 0.08 and self.begun:
+            self._complete(rng.choice(list(self.begun)))
         elif chance < 0.15 and self.resyncs:
             self._resync(self.resyncs[-1])
         elif 0.15 <= chance < 0.16:
@@ -345,8 +359,38 @@ class World:
                 self.left = rng.randrange(1, 40)
             self.server.stop()
 
+    def _note_begun(self, plan: Plan) -> None:
+        """What each base that is being made is to be: of an earlier run's, what is known already."""
+        before, self.begun = self.begun, {}
+        power_lost, self.power_lost = self.power_lost, False
+        for disk in self.disks:
+            found = begun_base(self.journal, disk.target)
+            if found is None:
+                continue
+            if plan.info.bases.get(disk.target) == found[0]:
+                self.begun[disk.target] = (found[0], self.image(disk.target).read_bytes())
+            else:
+                assert before[disk.target][0] == found[0], "a base is gone on with that nobody began"
+                self.begun[disk.target] = before[disk.target]
+                self.tally.bases_gone_on_with += 1
+        assert power_lost or before.keys() <= self.begun.keys(), "a base was given up, and nothing happened to the host"
+
+    def _complete(self, target: str) -> None:
+        """The base that is being made of a disk is completed: it is the disk as its run found it."""
+        base_id, expected = self.begun.pop(target)
+        with self._unharmed():
+            begun = CopyBeforeWrite.open(self.journal, target)
+            assert begun is not None and begun.base.id == base_id
+            manifest = complete(self.paths, self.repository, begun, None)
+            begun.close()
+            base = self.promises.base(target, manifest.id)
+            assert base == expected, f"{target}: the base differs from what its run began with from {difference(base, expected)} on"
+            self.tally.bases += 1
+
     def _resync(self, target: str) -> None:
         assert self.plan is not None
+        if target in self.begun:
+            self._complete(target)
         self.tally.resyncs += 1
         with self.promises.history() as history:
             info = history.runs[self.plan.info.run]
@@ -386,7 +430,7 @@ class World:
         try:
             found = self.promises.latest(self.plan.info.run, target)
         except MomentError as refused:
-            assert target in self.resyncs or self._recycled(refused), "no gap is open"
+            assert target in self.resyncs or target in self.begun or self._recycled(refused), "no gap is open"
             return
         assert target not in self.resyncs, "a gap is open"
         image = self.image(target).read_bytes()
@@ -407,8 +451,10 @@ class World:
             if view is not None and view != image:
                 self.tally.images_ahead += 1
                 assert target in plan.info.gaps, f"{target}: goes on without a gap, and differs from its history"
-            if target in plan.info.bases:
-                base = self.promises.base(target, plan.info.bases[target])
+            begun = begun_base(self.journal, target)
+            base_id = plan.info.bases.get(target)
+            if base_id is not None and (begun is None or begun[0] != base_id):
+                base = self.promises.base(target, base_id)
                 assert base == image, f"{target}: the base that it is said to equal differs from {difference(base, image)} on"
             disk.begin(image)
         self.run = 0

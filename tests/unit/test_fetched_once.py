@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> MadeHistory:
 
 
 def make(tmp_path_factory: pytest.TempPathFactory) -> MadeHistory:
-    made = MadeHistory(tmp_path_factory.mktemp("made"), {"vda": 24 * M, "vdb": 24 * M}, journal_size=64 * M)
+    made = MadeHistory(tmp_path_factory.mktemp("made"), {"vda": 24 * M, "vdb": 24 * M}, journal_size=64 * M, states=False)
     same = os.urandom(12 * M)
     for disk in made.disks:
         disk.content[: 12 * M] = same

@@ -270,18 +270,25 @@ class History:
         base_id = info.bases[target]
         if self._local_manifest(target, base_id) is not None or base_id in self._known_bases(target):
             return None
-        if (begun := self.begun.get(target)) is not None and begun[0] == base_id:
-            return f"base {base_id} of disk {target} is still being made ({begun[1]:.0%} by now)"
+        if (share := self._made_share(target, base_id)) is not None:
+            return _being_made(target, base_id, share)
         if self.repository is None:
             return f"base {base_id} of disk {target} is not known here, and the repository cannot be read"
         return f"base {base_id} of disk {target} is not in {self.repository.repository.url}: it was never completed, or it is lost"
 
     def manifest(self, info: RunInfo, target: str) -> Manifest:
-        """The manifest of the base that a run names for a disk. Raises RepositoryError, CorruptionError."""
+        """The manifest of the base that a run names for a disk. Raises MomentError while it is being made, RepositoryError,
+        CorruptionError."""
         base_id = info.bases[target]
         if (manifest := self._local_manifest(target, base_id)) is not None:
             return manifest
+        if (share := self._made_share(target, base_id)) is not None:
+            raise MomentError(_being_made(target, base_id, share), f"vmrewind status {self.name} shows how much of it there is")
         return self.reachable_repository(f"base {base_id} of disk {target}").base(target, base_id)
+
+    def _made_share(self, target: str, base_id: str) -> float | None:
+        begun = self.begun.get(target)
+        return begun[1] if begun is not None and begun[0] == base_id else None
 
     def reachable_repository(self, wanted: str) -> VmRepository:
         """The repository, which has ``wanted``; raises RepositoryError with what kept it from being read."""
@@ -316,3 +323,7 @@ class History:
             for disk in leg.info.disks:
                 for hole in records.holes(disk.index, leg.info.first_seq, end):
                     yield hole.cause
+
+
+def _being_made(target: str, base_id: str, share: float) -> str:
+    return f"base {base_id} of disk {target} is still being made ({share:.0%} by now)"
