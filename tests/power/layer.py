@@ -212,8 +212,10 @@ class Layer:
             return int(real.pwritev(fd, buffers, offset, flags))
         self._noted("write")
         data = b"".join(bytes(buffer) for buffer in buffers)
+        # Before it is noted, as it sets the time of the host that this runs on.
+        written = int(real.pwritev(fd, [data], offset, flags))
         self._changed(inode, Change(self.serial, offset, data))
-        return int(real.pwritev(fd, [data], offset, flags))
+        return written
 
     def pwrite(self, fd: int, data: Any, offset: int) -> int:
         return self.pwritev(fd, [data], offset)
@@ -222,16 +224,18 @@ class Layer:
         inode = self._file(fd)
         if inode is not None:
             self._noted("truncate")
-            self._changed(inode, Change(self.serial, length, None))
         real.ftruncate(fd, length)
+        if inode is not None:
+            self._changed(inode, Change(self.serial, length, None))
 
     def posix_fallocate(self, fd: int, offset: int, length: int) -> None:
         inode = self._file(fd)
         if inode is not None:
             self._noted("allocate")
             assert self.files[inode].size() <= offset + length
-            self._changed(inode, Change(self.serial, offset + length, None))
         real.posix_fallocate(fd, offset, length)
+        if inode is not None:
+            self._changed(inode, Change(self.serial, offset + length, None))
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """Stands in for punching a hole and for zeroing; a file system may know only the former."""
@@ -240,8 +244,8 @@ class Layer:
         inode = self._file(fd)
         if inode is not None:
             self._noted("punch")
-            self._changed(inode, Change(self.serial, offset, bytes(length)))
             real.pwrite(fd, bytes(length), offset)
+            self._changed(inode, Change(self.serial, offset, bytes(length)))
 
     def utime(self, path: Any, *args: Any, **rest: Any) -> None:
         inode = (real.fstat(path) if isinstance(path, int) else real.stat(path)).st_ino

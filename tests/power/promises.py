@@ -58,6 +58,11 @@ class Promises:
         self.remember(segment)
         self._recycled.add(segment.path.name)
 
+    @property
+    def recycled_any(self) -> bool:
+        """Whether any history was."""
+        return bool(self._recycled)
+
     def lost(self, end: Position) -> int:
         """How many records of a run were written and are behind its end."""
         return sum(1 for run, seq in self._written if run == end.run and seq > end.seq)

@@ -373,7 +373,9 @@ class World:
                 assert before[disk.target][0] == found[0], "a base is gone on with that nobody began"
                 self.begun[disk.target] = before[disk.target]
                 self.tally.bases_gone_on_with += 1
-        assert power_lost or before.keys() <= self.begun.keys(), "a base was given up, and nothing happened to the host"
+        lost = {base_id for base_id, _ in before.values()} - {base_id for base_id, _ in self.begun.values()}
+        known = not power_lost and not self.promises.recycled_any
+        assert not (lost and known), "a base was given up, and the host did not die while the VM ran"
 
     def _complete(self, target: str) -> None:
         """The base that is being made of a disk is completed: it is the disk as its run found it."""

@@ -159,9 +159,8 @@ class Planner:
                     if stands and not continuous:
                         resync.append(image.target)
                     elif not stands:
-                        base = self._begin_base(
-                            image, run, vm_uuid, "no base equals it as it is now" if past.runs else "it has none yet"
-                        )
+                        why = "no base equals it as it is now" if past.runs else "it has none yet"
+                        base = self._begin_base(image, run, vm_uuid, why, instead_of=begun)
                 if base is not None:
                     bases[image.target] = base
                 if past.position is not None and not continuous:
@@ -340,11 +339,13 @@ class Planner:
             if begun.state is State.MAKING and named and known and base.size == image.size:
                 return base.id
             if begun.state is not State.DONE and named:
-                reason = begun.reason or "what was written to the image since is not known"
-                self.say(f"{image.target}: base {base.id} is given up, and what needs it cannot be restored: {reason}")
-                self.events.write("base.given-up", disk=image.target, base=base.id, reason=reason)
+                self._give_up(image, base.id, begun.reason or "what was written to the image since is not known")
         remove(self.journal, image.target)
         return None
+
+    def _give_up(self, image: Image, base: str, reason: str) -> None:
+        self.say(f"{image.target}: base {base} is given up, and what needs it cannot be restored: {reason}")
+        self.events.write("base.given-up", disk=image.target, base=base, reason=reason)
 
     def _stands(self, image: Image, past: Past, begun: str | None) -> bool:
         """Whether the disk's history can be gone on from here without a new base. ``begun``: the base that is being made of it."""
@@ -361,8 +362,10 @@ class Planner:
             )
         return self.repository
 
-    def _begin_base(self, image: Image, run: int, vm_uuid: str, why: str) -> str:
+    def _begin_base(self, image: Image, run: int, vm_uuid: str, why: str, instead_of: str | None) -> str:
         self._reachable(image)
+        if instead_of is not None:
+            self._give_up(image, instead_of, "what was written since is not complete")
         base = begin(self.journal, image, run, vm_uuid)
         self.say(f"{image.target}: a base (full backup) of it as it is now is made while the VM runs: {why}")
         self.events.write("base.begun", disk=image.target, base=base, bytes=image.size, reason=why)
