@@ -149,7 +149,10 @@ class LibvirtHost:
     def _kill_daemon(self) -> None:
         with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(self._pid)) as process:
             signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
-            select.select([process], [], [])
+            # Not select(), which knows no descriptor beyond 1023: a worker of many tests may have that many.
+            ended = select.poll()
+            ended.register(process, select.POLLIN)
+            ended.poll()
         if self._again is not None:
             self._again.wait()
 

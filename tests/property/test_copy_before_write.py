@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -17,8 +20,22 @@ from vmrewind.journal.identity import image_identity
 SIZES = [CHUNK, 3 * CHUNK, 2 * CHUNK + 512, CHUNK + 5 * 4096 + 1536]
 
 
+@pytest.fixture(autouse=True)
+def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing stays open behind a test."""
+    made: list[Disk] = []
+    monkeypatch.setattr(Disk, "made", made, raising=False)
+    yield
+    for disk in made:
+        disk.begun.close()
+        with suppress(OSError):
+            os.close(disk.fd)
+
+
 class Disk:
     """An image of random content with holes, its base begun, and what it held then."""
+
+    made: ClassVar[list[Disk]]
 
     def __init__(self, directory: Path, size: int, rng: random.Random) -> None:
         self.size = size
@@ -36,6 +53,7 @@ class Disk:
         CopyBeforeWrite.begin(self.journal, BegunBase("b", 1, "u", "vda", size, "raw", None, 1, identity))
         self.begun = self.open()
         self.taken: dict[int, bytes] = {}
+        self.made.append(self)
 
     def open(self) -> CopyBeforeWrite:
         begun = CopyBeforeWrite.open(self.journal, "vda")
@@ -151,7 +169,7 @@ def test_no_room_for_the_map_is_an_error_that_leaves_nothing(tmp_path: Path, mon
 
 def test_a_finished_base_leaves_no_files(tmp_path: Path) -> None:
     disk = Disk(tmp_path, CHUNK, random.Random(7))
-    other = disk.open()
-    other.finish()
+    with disk.open() as other:
+        other.finish()
     assert disk.begun.state is State.DONE, "whoever has it open sees it"
     assert list(disk.journal.iterdir()) == [] and CopyBeforeWrite.open(disk.journal, "vda") is None
