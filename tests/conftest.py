@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from hypothesis import settings
 # No deadline: the machine's speed is not what a property test is about. The blob replays a failure anywhere.
 settings.register_profile("vmrewind", deadline=None, print_blob=True)
 settings.load_profile("vmrewind")
+
+# A process of a thousand tests holds more files than a login shell's 1024: journals are left open as capture leaves its own.
+_soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
 
 
 @pytest.fixture(autouse=True)

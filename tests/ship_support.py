@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import uuid
 from collections.abc import Iterable
@@ -64,6 +65,12 @@ class WrittenJournal:
             tuple(DiskInfo(i, target, 1 << 30, "raw", f"/{target}") for i, target in enumerate(targets)),
             dict.fromkeys(targets if bases is None else bases, "base"),
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Close what a capture leaves to the end of its process."""
+        finished, open_now, _ = self.writer.take_unsynced()
+        for fd in {*finished, open_now} - {-1}:
+            os.close(fd)
 
     def describe(self) -> None:
         """As the start process does before the CPU runs."""

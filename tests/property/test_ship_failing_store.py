@@ -161,6 +161,8 @@ def test_whatever_the_store_does_the_repository_is_a_prefix_of_the_journal(
         except BaseException as error:
             error.add_note(f"seed {seed}; the store did {dict(run.store.happened)}")
             raise
+        for written in run.written:
+            written.close()
         shutil.rmtree(run.journal)
         happened += run.store.happened
     for kind in ("error", "lost", "late", "never", "echo", "slow", "error in the middle of a list", "late, and there already"):
