@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from guests.protected import VMREWIND
+from tests.capture_tools import Client
 from tests.damage_tools import World, kind_of, make_world
+from tests.e2e.test_start_after import Alone
 from vmrewind.cli.progress import JsonProgress
 
 MIB = 1 << 20
@@ -124,6 +126,19 @@ def test_every_long_command_tells_machines(vm: Path, tmp_path: Path, monkeypatch
     last, told = events_of("takeover", stored, "--at", "seq:1", "--images", tmp_path / "taken")
     assert json.loads(last)["vm"] == "web"
     assert told == {"vda"}
+
+
+def test_what_a_stopped_vm_left_is_counted_while_it_is_carried(tmp_path: Path) -> None:
+    alone = Alone(tmp_path, ship="on-demand")
+    with alone.serving() as ready, Client(Path(ready["disks"]["vda"]["uri"].partition("socket=")[2])) as client:
+        for at in range(12):
+            client.write(at * MIB, os.urandom(MIB))
+    command = [VMREWIND, "ship", "on", alone.config, "--bandwidth-limit", "4MiB", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert any(0 < event["done_bytes"] < event["total_bytes"] for event in events), events
+    assert events[-1]["done_bytes"] == events[-1]["total_bytes"] >= 12 * MIB
+    assert alone.restored("latest") == alone.image.read_bytes()
 
 
 def test_on_a_terminal_there_are_bars_and_stdout_is_clean(vm: Path, tmp_path: Path) -> None:

@@ -58,8 +58,6 @@ class _Process:
         self._instruction = Instruction()
         self._shipper: Shipper | None = None
         self._stopping = False
-        self._finishing = False
-        """Nobody reads reports of a ship that only carries what a stopped VM has left."""
         self._wakeup = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._error = ""
         self._failed_at = 0.0
@@ -81,9 +79,11 @@ class _Process:
 
     def finish(self) -> int:
         """Carry what is there and end: 0 if the repository then has everything, else 1."""
-        self._finishing = True
         with self._lock() as locked:
-            return 0 if locked and self._drain(deadline=float("inf")) else 1
+            done = locked and self._drain(deadline=float("inf"))
+            if locked:
+                self._reporter.remove()
+            return 0 if done else 1
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -148,8 +148,7 @@ class _Process:
 
     def _meanwhile(self) -> None:
         """The repository makes us wait: what is said of the lag must not grow old."""
-        if not self._finishing:
-            self._report("waiting" if self._error else "shipping", self._instruction.disks)
+        self._report("waiting" if self._error else "shipping", self._instruction.disks)
 
     def _switch_off(self) -> None:
         if self._shipper is None:
@@ -172,6 +171,7 @@ class _Process:
                 if time.monotonic() >= deadline:
                     self._say("told to stop with records unsent; they follow at the VM's next start")
                     return False
+                self._report("shipping", disks)
                 time.sleep(seconds)
         except (VmrewindError, OSError) as error:
             self._say(f"told to stop with records unsent, they follow at the VM's next start: {_words(error)}")

@@ -9,6 +9,7 @@ from typing import Final
 from vmrewind.errors import ConfigError, RepositoryError
 from vmrewind.ship.status import status
 from vmrewind.start.children import ship_command
+from vmrewind.start.places import make_places
 from vmrewind.start.resolve import VmHandle
 
 _LOOK_SECONDS: Final = 0.5
@@ -21,6 +22,8 @@ def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None])
     """
     if handle.repository_url is None:
         raise ConfigError(f"{handle.name} has no repository", "set protection.repository")
+    if not handle.paths.runtime.is_dir():
+        make_places(handle.paths)
     command = ship_command(handle.paths, handle.journal, handle.repository_url, finish=True)
     total = left = 0
     words = ""
