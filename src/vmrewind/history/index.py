@@ -7,6 +7,7 @@ layers. It takes 16 bytes for an extent, and 24 for a record that owns any; the 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,9 @@ EXTENT: Final = np.dtype([("start", "<i8"), ("length", "<u4"), ("owner", "<u4")]
 
 ZEROES: Final = (1 << 32) - 1
 
+Piece = tuple[int, int, int, int, int, int, int]
+"""Bytes of the disk and the record that owns them: (start, end, owner, offset, xxh3, length, place)."""
+
 LAYER_RECORDS: Final = 1 << 18
 """So many records are sorted at a time."""
 JOINED_EXTENTS: Final = 1 << 20
@@ -43,6 +47,7 @@ _REGIONS_BYTES_MAX: Final = 32 << 20
 
 _NO_STARTS: Final = np.empty(0, np.int64)
 _NO_LENGTHS: Final = np.empty(0, np.uint32)
+_LENGTH: Final = (1 << 32) - 1
 _END: Final = 1 << 62
 """Behind the end of any disk."""
 _CHANGES: Final = np.isin(np.arange(256), [int(op) for op in DATA_OPS])
@@ -69,6 +74,10 @@ class Index:
         self._ends = np.cumsum(counts)
         self._firsts = self._ends - counts
         self._bounds = np.cumsum([count for layer in layers for count in layer.counts], dtype=np.int64)
+        # For one at a time: bisect takes a tenth of what searchsorted does, and three words an eighth of what a row's fields do.
+        self._layer_ends: list[int] = self._ends.tolist()
+        self.source_ends: list[int] = self._bounds.tolist()
+        self._words = [layer.records.view("<u8").reshape(-1, 3) for layer in layers]
         self._borders = _borders(layers)
         self._regions: Lru[Extents] = Lru(_REGIONS_BYTES_MAX, lambda extents: len(extents[0]) * EXTENT.itemsize)
 
@@ -91,12 +100,46 @@ class Index:
         found["start"], found["length"], found["owner"] = starts, lengths, owners
         return found
 
+    def pieces(self, offset: int, length: int) -> list[Piece]:
+        """What ``within`` gives, with the records: quicker where a reader asks for a little at a time."""
+        end = offset + length
+        first = last = 0
+        if len(self._borders):
+            first = int(self._borders.searchsorted(offset, side="right"))
+            last = int(self._borders.searchsorted(end, side="left"))
+        found: list[Piece] = []
+        for number in range(first, last + 1):
+            starts, lengths, owners = self._region(number)
+            # The one in front may reach into the range.
+            low = max(int(starts.searchsorted(offset, side="right")) - 1, 0)
+            high = int(starts.searchsorted(end, side="left"))
+            columns = starts[low:high].tolist(), lengths[low:high].tolist(), owners[low:high].tolist()
+            found += [
+                (start, start + size, owner, at, xxh3, rest & _LENGTH, rest >> 32)
+                for start, size, owner, (at, xxh3, rest) in zip(*columns, self._rows(owners[low:high]), strict=True)
+                if start + size > offset
+            ]
+        if found:
+            found[0] = (max(found[0][0], offset), *found[0][1:])
+            found[-1] = (found[-1][0], min(found[-1][1], end), *found[-1][2:])
+        return found
+
     def record(self, owner: int) -> tuple[int, int, int, int]:
         """(offset, xxh3, length, place) of an owner."""
-        layer = int(np.searchsorted(self._ends, owner, side="right"))
-        records = self._layers[layer].records
-        found: tuple[int, int, int, int] = records[owner - int(self._firsts[layer])].item()
-        return found
+        offset, xxh3, rest = self._row(owner)
+        return offset, xxh3, rest & _LENGTH, rest >> 32
+
+    def _row(self, owner: int) -> list[int]:
+        layer = bisect_right(self._layer_ends, owner)
+        # Counted from the layer's end: negative.
+        row: list[int] = self._words[layer][owner - self._layer_ends[layer]].tolist()
+        return row
+
+    def _rows(self, owners: NDArray[np.uint32]) -> list[list[int]]:
+        if len(self._words) != 1:
+            return [self._row(owner) for owner in owners.tolist()]
+        rows: list[list[int]] = self._words[0].take(owners, axis=0).tolist()
+        return rows
 
     def records(self, owners: NDArray[np.uint32]) -> Owners:
         """The same of many, as OWNER."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import resource
 from collections import defaultdict
 from collections.abc import Sequence
@@ -179,6 +180,10 @@ class LocalSource:
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""
         return self.segment.payload(Record(seq, 0, 0, length, 0, fmt.Op.WRITE, 0, xxh3, position))
+
+    def read_into(self, position: int, buffer: memoryview) -> bool:
+        """Fill the buffer from the file, nothing of it verified; False if the file ends before."""
+        return os.preadv(self.segment.fd, (buffer,), position) == len(buffer)
 
     def close(self) -> None:
         """Close the file and give the lock up."""

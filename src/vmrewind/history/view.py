@@ -16,6 +16,7 @@ from vmrewind.history.cache import Lru
 from vmrewind.history.history import History
 from vmrewind.history.index import ZEROES, Index, Layer, Layers, effective, owners_of
 from vmrewind.history.merged import MergedTable
+from vmrewind.history.payloads import Origin, Payloads
 from vmrewind.history.records import Piece, RunRecords, with_rows
 from vmrewind.history.rows import between
 from vmrewind.history.sources import DamagedObject, LocalSource, Source
@@ -26,7 +27,6 @@ from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.repository.manifest import Manifest
 
 _CHUNKS_BYTES_MAX: Final = 64 << 20
-_PAYLOADS_BYTES_MAX: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,6 @@ class Extent:
     zero: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """Where an indexed row's payload is had from."""
-
-    records: RunRecords
-    source: Source
-    disk: int
-
-
 class View:
     """One disk at one position. Read-only; may be used from several threads. Valid while its history is open.
 
@@ -54,14 +45,14 @@ class View:
     """
 
     def __init__(
-        self, history: History, info: DiskInfo, position: Position, manifest: Manifest, index: Index, origins: list[_Origin]
+        self, history: History, info: DiskInfo, position: Position, manifest: Manifest, index: Index, origins: list[Origin]
     ) -> None:
         self._history = history
         self._manifest = manifest
         self._index = index
         self._origins = origins
         self._chunks: Lru[bytes | memoryview] = Lru(_CHUNKS_BYTES_MAX, len)
-        self._payloads: Lru[bytes] = Lru(_PAYLOADS_BYTES_MAX, len)
+        self._payloads = Payloads(index, origins)
         self.disk = info
         self.size = info.size
         self.position = position
@@ -116,18 +107,19 @@ class View:
         return bytes(buffer)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer``, which holds zeroes, with the disk's bytes from ``offset`` on. Raises as ``read`` does."""
+        """Fill ``buffer`` with the disk's bytes from ``offset`` on. Raises as ``read`` does."""
         length = len(buffer)
         if offset < 0 or offset + length > self.size:
             raise ValueError(f"bytes {offset}+{length} of a disk of {self.size}")
+        pieces = self._index.pieces(offset, length)
         at = offset
-        for start, end, owner in self._extents(offset, length):
-            if start > at:
-                self._read_base(buffer, offset, at, start)
-            self._read_record(buffer, offset, start, end, owner)
-            at = end
+        for piece in pieces:
+            if piece[0] > at:
+                self._read_base(buffer, offset, at, piece[0])
+            at = piece[1]
         if at < offset + length:
             self._read_base(buffer, offset, at, offset + length)
+        self._payloads.fill(buffer, offset, pieces)
 
     def base_pieces(self) -> Iterator[tuple[str, int, list[tuple[int, int]]]]:
         """(chunk id, its offset on the disk, the parts [start, end) of the disk that it gives) of every chunk that gives any."""
@@ -177,7 +169,7 @@ class View:
             if owner != last_owner:
                 here = fetched(place * fmt.ALIGNMENT, length)
                 if here is None or xxhash.xxh3_64_intdigest(here) != xxh3:
-                    here = self._payload(owner)
+                    here = self._payloads.get(owner)
                 payload = memoryview(here)
                 last_owner = owner
             parts.append((start, payload[start - offset : min(start + size, self.size) - offset]))
@@ -250,11 +242,12 @@ class View:
 
     def _read_base(self, buffer: memoryview, origin: int, start: int, end: int) -> None:
         for extent in self._base_kinds(start, end):
+            at = extent.offset - origin
             if extent.zero:
+                buffer[at : at + extent.length] = bytes(extent.length)
                 continue
             number, within = divmod(extent.offset, self._manifest.chunk_size)
             chunk = self._chunks.get(number, lambda number=number: self._chunk(number))  # type: ignore[misc]
-            at = extent.offset - origin
             buffer[at : at + extent.length] = memoryview(chunk)[within : within + extent.length]
 
     def _chunk(self, number: int) -> bytes | memoryview:
@@ -262,29 +255,16 @@ class View:
         assert chunk_id is not None, "zero chunks are not read"
         return self.read_chunk(chunk_id)
 
-    def _read_record(self, buffer: memoryview, origin: int, start: int, end: int, owner: int) -> None:
-        offset, _, length, place = self._index.record(owner)
-        if place == ZEROES:
-            return
-        whole = start == offset and end == offset + length
-        payload = self._payload(owner) if whole else self._payloads.get(owner, lambda: self._payload(owner))
-        buffer[start - origin : end - origin] = memoryview(payload)[start - offset : end - offset]
 
-    def _payload(self, owner: int) -> bytes:
-        _, xxh3, length, place = self._index.record(owner)
-        origin = self._origins[int(self._index.sources(owner))]
-        return origin.records.payload(origin.source, origin.disk, None, place * fmt.ALIGNMENT, length, xxh3)
-
-
-def _layers(legs: Sequence[tuple[RunRecords, int, int, int]]) -> tuple[list[Layer], list[_Origin]]:
+def _layers(legs: Sequence[tuple[RunRecords, int, int, int]]) -> tuple[list[Layer], list[Origin]]:
     """What (records, disk, first seq, last seq) of each leg changed, and where the layers' records come from."""
-    origins: list[_Origin] = []
+    origins: list[Origin] = []
     layers = Layers()
     for records, disk, first, last in legs:
         notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
         voided = np.concatenate([np.empty(0, np.uint64), *(rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes)])
         for table, pieces in records.stretches(disk, first, last):
-            origins += [_Origin(records, piece.source, disk) for piece in pieces]
+            origins += [Origin(records, piece.source, disk) for piece in pieces]
             if table is not None:
                 layers.put(_merged(table, pieces, disk))
                 continue

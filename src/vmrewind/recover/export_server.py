@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from vmrewind.errors import VmrewindError
 from vmrewind.history.view import View
@@ -33,6 +32,9 @@ _SIDE_BY_SIDE: Final = 32
 _CLIENTS_MAX: Final = 32
 _HANDSHAKE_SECONDS: Final = 10.0
 _EXTENTS_MAX: Final = 4096
+_RECEIVED_MAX: Final = 4096
+"""So much is received at once where a request begins: the heads of all that a client has in flight, or few of a write's bytes."""
+_NOTHING: Final = memoryview(b"")
 _POLL_SECONDS: Final = 0.5
 
 
@@ -124,8 +126,7 @@ def _export(name: str, disk: View | Scratch) -> ExportInfo:
     return ExportInfo(name, disk.size, flags, 1, 65536, _REQUEST_LENGTH_MAX)
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
+class _Request(NamedTuple):
     flags: int
     command: int
     cookie: int
@@ -179,16 +180,14 @@ class _Client:
     def _work(self) -> None:
         while True:
             with self._receiving:
-                request = None if self._over else self._next()
+                # To let go of the lock would wake a thread that waits for it, only to see it taken again.
+                while (request := None if self._over else self._next()) is not None and self._side_by_side == 0:
+                    self._carry_out(request)
                 if request is None:
                     self._over = True
                     return
-                if alone := self._side_by_side == 0:
-                    self._carry_out(request)
-                else:
-                    self._side_by_side -= 1
-            if not alone:
-                self._carry_out(request)
+                self._side_by_side -= 1
+            self._carry_out(request)
 
     def _next(self) -> _Request | None:
         """The next request, None if the client said goodbye, is gone, or speaks something else."""
@@ -198,17 +197,25 @@ class _Client:
             return None
 
     def _read_request(self) -> _Request | None:
-        head = self._receive(nbd.REQUEST.size)
-        if head is None:
+        if len(self._received) < nbd.REQUEST.size and not self._receive_requests():
             return None
-        magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack(head)
+        magic, flags, command, cookie, offset, length = nbd.REQUEST.unpack_from(self._received)
+        self._received = self._received[nbd.REQUEST.size :]
         if magic != nbd.REQUEST_MAGIC or command == nbd.CMD_DISC:
             return None
-        payload: memoryview | None = memoryview(b"")
+        payload: memoryview | None = _NOTHING
         if command == nbd.CMD_WRITE:
             # A longer payload would have to be read to get past it; the protocol allows to hang up.
             payload = self._receive(length) if length <= _REQUEST_LENGTH_MAX else None
         return None if payload is None else _Request(flags, command, cookie, offset, length, payload)
+
+    def _receive_requests(self) -> bool:
+        """Receive a request's head and what has come behind it; False if the client has gone."""
+        while len(self._received) < nbd.REQUEST.size:
+            if not (more := self._sock.recv(_RECEIVED_MAX)):
+                return False
+            self._received = memoryview(bytes(self._received) + more)
+        return True
 
     def _receive(self, size: int) -> memoryview | None:
         buffer = bytearray(size)

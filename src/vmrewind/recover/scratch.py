@@ -49,7 +49,7 @@ class Scratch:
             return self._held.total
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill ``buffer``, which holds zeroes: from the scratch file what it holds, the rest from the view."""
+        """Fill ``buffer``: from the scratch file what it holds, the rest from the view."""
         with self._lock:
             parts = list(self._held.split(offset, offset + len(buffer)))
         for start, end, held in parts:

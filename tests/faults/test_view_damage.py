@@ -1,0 +1,118 @@
+"""Every byte that a view gives is verified when it is read, however little of a record that is, and whatever was read before."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.history_tools import MadeHistory
+from vmrewind.errors import CorruptionError
+from vmrewind.history.view import View
+from vmrewind.journal.format import Op
+from vmrewind.journal.reader import Segment, records
+
+K = 1024
+SIZE = 256 * K
+NEIGHBOURS = 8
+LONG_AT, LONG = 64 * K + 512, 96 * K + 100
+SHORT_AT, SHORT = 200 * K, 10 * K
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> MadeHistory:
+    """Neighbours on the disk that are neighbours in a segment, neighbours there alone, zeroes, a long record with a part of a block
+    at its end, a short one."""
+    made = MadeHistory(tmp_path, {"vda": SIZE})
+    made.start()
+    content = random.Random(1).randbytes
+    made.batch([(Op.WRITE, "vda", n * 4 * K, content(4 * K)) for n in range(NEIGHBOURS)])
+    made.batch([(Op.WRITE, "vda", at, content(4 * K)) for at in (40 * K, 48 * K)] + [(Op.ZERO, "vda", 56 * K, 4 * K)])
+    made.tick()
+    made.write("vda", LONG_AT, content(LONG))
+    made.tick()
+    made.write("vda", SHORT_AT, content(SHORT))
+    made.tick()
+    made.write("vda", 250 * K, content(512))  # A damaged last record would be taken for a torn tail.
+    return made
+
+
+@contextmanager
+def damaged(made: MadeHistory, offset: int) -> Iterator[int]:
+    """A bit of the byte that the disk has at ``offset`` is flipped in the journal; gives the seq of its record."""
+    (path,) = made.segment_paths()
+    with Segment(path) as segment:
+        record = next(
+            record
+            for batch in segment.batches()
+            for record in records(batch)
+            if record.op == Op.WRITE and record.offset <= offset < record.offset + record.length
+        )
+    at = record.position + offset - record.offset
+    fd = os.open(path, os.O_RDWR)
+    try:
+        sound = os.pread(fd, 1, at)
+        os.pwrite(fd, bytes([sound[0] ^ 0x10]), at)
+        yield record.seq
+        os.pwrite(fd, sound, at)
+    finally:
+        os.close(fd)
+
+
+def test_parts_of_any_size_are_the_disks_bytes_the_first_time_and_again(made: MadeHistory) -> None:
+    chance = random.Random(2)
+    seq = max(made.times)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        content = made.disk("vda").states[seq]
+        for _ in range(2000):
+            offset = chance.randrange(SIZE)
+            length = min(chance.choice([1, 512, 4 * K, 20 * K, SIZE]), SIZE - offset)
+            buffer = bytearray(chance.randbytes(length))
+            view.read_into(offset, memoryview(buffer))
+            assert buffer == content[offset : offset + length], f"{offset}+{length}"
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_damage_is_found_by_whoever_reads_it_and_by_nobody_else(made: MadeHistory, read_before: bool) -> None:
+    chance = random.Random(3)
+    seq = max(made.times)
+    content = made.disk("vda").states[seq]
+    offsets = [n * 4 * K + chance.randrange(4 * K) for n in range(NEIGHBOURS)]
+    offsets += [LONG_AT + at for at in (0, 4 * K - 1, 4 * K, 50 * K, LONG - 101, LONG - 1)] + [SHORT_AT, SHORT_AT + SHORT - 1]
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        if read_before:
+            assert view.read(LONG_AT + 9, 700) == content[LONG_AT + 9 : LONG_AT + 709]
+            assert view.read(0, SIZE) == content
+        for offset in offsets:
+            low = min(offset // 512 * 512, SIZE - 512)
+            with damaged(made, offset) as which:
+                for begin, end in ((offset, offset + 1), (low, low + 512), (low // (4 * K) * 4 * K, SIZE), (0, SIZE)):
+                    with pytest.raises(CorruptionError) as caught:
+                        view.read(begin, end - begin)
+                    assert f"record {which} " in str(caught.value), (offset, begin, end)
+                beside = offset + 8 * K if offset < 20 * K else 0
+                assert view.read(beside, 2 * K) == content[beside : beside + 2 * K]
+            assert view.read(low, 512) == content[low : low + 512]
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_another_copy_stands_in_whatever_part_is_read(made: MadeHistory, read_before: bool) -> None:
+    seq = max(made.times)
+    content = made.disk("vda").states[seq]
+    made.ship(made.run, 1, seq)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        if read_before:
+            assert view.read(0, SIZE) == content
+            assert view.read(LONG_AT + 9, 700) == content[LONG_AT + 9 : LONG_AT + 709]
+        for offset in (5 * 4 * K + 7, LONG_AT + 4 * K, LONG_AT + LONG - 1, SHORT_AT + 5):
+            with damaged(made, offset):
+                for begin, length in ((0, SIZE), (offset, 1), (offset - 3, 300)):
+                    length = min(length, SIZE - begin)
+                    assert view.read(begin, length) == content[begin : begin + length]
