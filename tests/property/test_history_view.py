@@ -107,6 +107,7 @@ def test_every_moment_of_every_disk_equals_the_model(
         patch.setattr(index_module, "LAYER_RECORDS", data.draw(st.sampled_from([1, 3, 1000]), "records in a layer"))
         patch.setattr(index_module, "JOINED_EXTENTS", data.draw(st.sampled_from([0, 5, 1000]), "extents joined to one layer"))
         patch.setattr(index_module, "REGION_EXTENTS", data.draw(st.sampled_from([1, 4, 1000]), "extents in a region"))
+        patch.setattr("vmrewind.history.view._FEW", 2)
         made = MadeHistory(Path(directory), {"vda": SIZE, "vdb": SIZE + 4096}, journal_size=4 << 20)
         made.disk("vda").content[100:5000] = b"base" * 1225
         made.start()

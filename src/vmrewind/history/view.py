@@ -27,6 +27,7 @@ from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.repository.manifest import Manifest
 
 _CHUNKS_BYTES_MAX: Final = 64 << 20
+_FEW: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,35 +205,41 @@ class View:
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Extents that cover a range (default: the disk) in order, neighbours of one kind joined."""
         end = self.size if length is None else min(offset + length, self.size)
-        pending: Extent | None = None
-        for extent in self._kinds(offset, end):
-            if pending is not None and pending.zero == extent.zero:
-                pending = Extent(pending.offset, pending.length + extent.length, pending.zero)
-                continue
-            if pending is not None:
-                yield pending
-            pending = extent
-        if pending is not None:
-            yield pending
+        first = last = offset
+        kind: bool | None = None
+        for start, stop, zero in self._kinds(offset, end):
+            if zero != kind:
+                if kind is not None:
+                    yield Extent(first, last - first, kind)
+                first, kind = start, zero
+            last = stop
+        if kind is not None:
+            yield Extent(first, last - first, kind)
 
-    def _kinds(self, offset: int, end: int) -> Iterator[Extent]:
+    def _kinds(self, offset: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """(start, end, whether it is known to read as zeroes)."""
         at = offset
-        for start, stop, owner in self._extents(offset, end - offset):
-            if start > at:
-                yield from self._base_kinds(at, start)
-            yield Extent(start, stop - start, self._index.record(owner)[3] == ZEROES)
-            at = stop
+        for starts, lengths, owners in self._index.within(offset, end - offset):
+            # A few at a time: whoever asks for the state of a large disk may want the first extent only.
+            for few in (slice(low, low + _FEW) for low in range(0, len(starts), _FEW)):
+                zeroes = self._index.records(owners[few])["place"] == ZEROES
+                stops = (starts[few] + lengths[few]).tolist()
+                for start, stop, zero in zip(starts[few].tolist(), stops, zeroes.tolist(), strict=True):
+                    if start > at:
+                        yield from self._base_kinds(at, start)
+                    yield start, stop, zero
+                    at = stop
         yield from self._base_kinds(at, end)
 
-    def _base_kinds(self, at: int, end: int) -> Iterator[Extent]:
+    def _base_kinds(self, at: int, end: int) -> Iterator[tuple[int, int, bool]]:
         size = self._manifest.chunk_size
         while at < end:
             if at >= self._manifest.size:
-                yield Extent(at, end - at, zero=True)
+                yield at, end, True
                 return
             number = at // size
             stop = min(end, (number + 1) * size, self._manifest.size)
-            yield Extent(at, stop - at, self._manifest.chunks[number] is None)
+            yield at, stop, self._manifest.chunks[number] is None
             at = stop
 
     def _extents(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
@@ -241,14 +248,14 @@ class View:
             yield from zip(starts.tolist(), (starts + lengths).tolist(), owners.tolist(), strict=True)
 
     def _read_base(self, buffer: memoryview, origin: int, start: int, end: int) -> None:
-        for extent in self._base_kinds(start, end):
-            at = extent.offset - origin
-            if extent.zero:
-                buffer[at : at + extent.length] = bytes(extent.length)
+        for low, high, zero in self._base_kinds(start, end):
+            at = low - origin
+            if zero:
+                buffer[at : at + high - low] = bytes(high - low)
                 continue
-            number, within = divmod(extent.offset, self._manifest.chunk_size)
+            number, within = divmod(low, self._manifest.chunk_size)
             chunk = self._chunks.get(number, lambda number=number: self._chunk(number))  # type: ignore[misc]
-            buffer[at : at + extent.length] = memoryview(chunk)[within : within + extent.length]
+            buffer[at : at + high - low] = memoryview(chunk)[within : within + high - low]
 
     def _chunk(self, number: int) -> bytes | memoryview:
         chunk_id = self._manifest.chunks[number]
