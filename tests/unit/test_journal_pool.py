@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -114,6 +115,32 @@ def test_the_oldest_is_recycled_and_its_loss_is_told(tmp_path: Path) -> None:
     assert (tmp_path / fmt.segment_name(RUN, 9)).stat().st_ino == oldest, "the same file, warm and allotted"
     assert pool.dropped == [Recycled(RUN, 1, 10)]
     assert used(tmp_path) <= 8 * MIB + 65536
+
+
+@pytest.mark.parametrize("shipped", [False, True])
+def test_others_make_room_before_history_goes(tmp_path: Path, shipped: bool) -> None:
+    """The file system has no room for the pool to grow, until others free what they took of it."""
+    pool = SegmentPool(tmp_path, 8 * MIB, thin=True)
+    pool.allot()
+    taker = Taker(pool, always(Recycling.FREE if shipped else Recycling.DROPS))
+    taker.take()
+    taker.take()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    asked = []
+
+    def make_room() -> bool:
+        asked.append(len(asked))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        return True
+
+    pool.make_room = make_room
+    resource.setrlimit(resource.RLIMIT_FSIZE, (MIB // 2, limits[1]))
+    try:
+        taker.take()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert pool.dropped == []
+    assert (numbers(tmp_path), asked) == (([2, 3], []) if shipped else ([1, 2, 3], [0]))
 
 
 def test_what_was_shipped_is_recycled_without_loss(tmp_path: Path) -> None:

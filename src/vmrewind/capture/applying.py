@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vmrewind.nbd import protocol as nbd
 
 if TYPE_CHECKING:
     from vmrewind.capture.disk import Disk
+    from vmrewind.capture.image import Image
     from vmrewind.capture.server import Server
 
 Operation = tuple[int, memoryview | None, int, int, int, int]
 """Record number in the batch, payload or None for zeroes, offset, length, flags, cookie."""
+
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: int | None) -> dict[int, int]:
@@ -25,7 +29,6 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
             server.bypass.mark(disk.index, offset, length)
     image = disk.image
     fd = image.fd
-    pwrite = os.pwrite
     failed: dict[int, int] = {}
     voided: list[int] = []
     ranges: list[tuple[int, int]] = []
@@ -42,13 +45,16 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
     if image.base is not None:
         image.base.keep(fd, [(operation[2], operation[3]) for operation in operations])
     if not _write_as_one(fd, operations):
-        for record, payload, offset, length, flags, cookie in operations:
+        for operation in operations:
             try:
-                if payload is None:
-                    image.zero(offset, length, keep_allocated=bool(flags & nbd.CMD_FLAG_NO_HOLE))
-                elif pwrite(fd, payload, offset) != length:
-                    image.write(payload, offset)
+                try:
+                    _write(image, operation)
+                except OSError as error:
+                    if error.errno not in _NO_ROOM or not server.give_up_bases():
+                        raise
+                    _write(image, operation)
             except OSError as error:
+                record, _, offset, length, _, cookie = operation
                 failed[cookie] = nbd.wire_error(error.errno)
                 if first_seq is not None:
                     voided.append(first_seq + record)
@@ -63,6 +69,14 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
         if server.refused:
             server.settle()
     return failed
+
+
+def _write(image: Image, operation: Operation) -> None:
+    _, payload, offset, length, flags, _ = operation
+    if payload is None:
+        image.zero(offset, length, keep_allocated=bool(flags & nbd.CMD_FLAG_NO_HOLE))
+    elif os.pwrite(image.fd, payload, offset) != length:
+        image.write(payload, offset)
 
 
 def _write_as_one(fd: int, operations: list[Operation]) -> bool:

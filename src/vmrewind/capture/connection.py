@@ -6,6 +6,7 @@ buffer. Then: one vectored write to the journal, the image writes, one send. No 
 
 A request too large to be held whole (``LARGE``) is carried out in pieces: a write as it arrives, a read as the client takes it. So
 what a connection can make this process hold is bounded, whatever is asked of it, and between two pieces others have their turn.
+So is a large discard, or zeroing, while its old content has to be kept for a base.
 
 Order within a batch: all writes as they came (journal first, then image), then the reads. NBD leaves the order of requests in
 flight to the server, so this is lawful; a write is acknowledged only when journal and image both hold it.
@@ -68,8 +69,9 @@ _ALLOWED_FLAGS: Final = {
 
 @dataclass(slots=True)
 class _LargeWrite:
-    """What is left to be done of one, and what is wrong with it so far."""
+    """What is left to be done of a WRITE, DISCARD or ZERO, and what is wrong with it so far."""
 
+    op: fmt.Op
     cookie: int
     flags: int
     offset: int
@@ -175,7 +177,7 @@ class Connection:
                 self._window[:left] = self._window[start:filled]
             self._start, self._filled = 0, left
         needed = nbd.REQUEST.size
-        if self._large_write is not None:
+        if self._large_write is not None and self._large_write.op is fmt.Op.WRITE:
             needed = min(self._large_write.left, self._whole_max)
         elif left >= nbd.REQUEST.size:
             *_, length = nbd.REQUEST.unpack_from(self._window)
@@ -246,7 +248,7 @@ class Connection:
                         break
                     error = nbd.EINVAL if flags & ~nbd.CMD_FLAG_FUA else nbd.ENOSPC if offset + length > size else 0
                     self._start = body
-                    self._large_write = _LargeWrite(cookie, flags, offset, length, error)
+                    self._large_write = _LargeWrite(fmt.Op.WRITE, cookie, flags, offset, length, error)
                     return self._serve_large_write(self._large_write)
                 if stop > filled:
                     break
@@ -306,6 +308,13 @@ class Connection:
                     else:
                         op = fmt.Op.DISCARD if command == nbd.CMD_TRIM else fmt.Op.ZERO
                         kept = flags & (nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE)
+                        if length > whole_max and disk.image.keeps:
+                            if requests:
+                                position -= request_size
+                                break
+                            self._start = position
+                            self._large_write = _LargeWrite(op, cookie, kept, offset, length)
+                            return self._serve_large_write(self._large_write)
                         pack_record(table, table_at, offset, length, index, op, kept, 0)
                         table_at += record_size
                         operations.append((records, None, offset, length, kept, cookie))
@@ -377,25 +386,32 @@ class Connection:
         """Carry out the next piece of a large write, a batch of its own, if it has arrived; reply after the last."""
         length = min(large.left, self._whole_max)
         start = self._start
-        if self._filled - start < length:
-            return False
+        piece = None
+        if large.op is fmt.Op.WRITE:
+            if self._filled - start < length:
+                return False
+            piece = self._view[start : start + length]
+            self._start = start + length
+        elif large.error or not self.disk.image.keeps:
+            length = large.left
         if not large.error:
             writer = self.server.writer
-            piece = self._view[start : start + length]
+            checksum = _xxh3(piece) if piece is not None else 0
             fmt.RECORD.pack_into(
-                writer.table, writer.table_at, large.offset, length, self.disk.index, fmt.Op.WRITE, large.flags, _xxh3(piece)
+                writer.table, writer.table_at, large.offset, length, self.disk.index, large.op, large.flags, checksum
             )
+            payloads = (piece, _PADDING[-length & 7]) if piece is not None else ()
             seq = None
             if not self.server.bypass.on:
                 try:
-                    seq = writer.commit(1, (piece, _PADDING[-length & 7]), fmt.padded(length))
+                    seq = writer.commit(1, payloads, fmt.padded(length) if piece is not None else 0)
                 except JournalFull as full:
                     if not self.server.bypass.begin(str(full)):
+                        self._start = start
                         self._hold(str(full))
                         return False
-            failed = apply(self.server, self.disk, [(0, piece, large.offset, length, 0, large.cookie)], seq)
+            failed = apply(self.server, self.disk, [(0, piece, large.offset, length, large.flags, large.cookie)], seq)
             large.error = failed.get(large.cookie, 0)
-        self._start = start + length
         large.offset += length
         large.left -= length
         if large.left:

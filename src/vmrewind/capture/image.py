@@ -17,7 +17,7 @@ from typing import Final
 
 from vmrewind.capture.locks import lock_image
 from vmrewind.errors import ImageError
-from vmrewind.journal.copy_before_write import CopyBeforeWrite
+from vmrewind.journal.copy_before_write import CopyBeforeWrite, State
 from vmrewind.journal.holes import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, fallocate
 from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import DiskInfo, ImageIdentity
@@ -175,6 +175,11 @@ class Image:
         except OSError:
             return True
         return (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether old content is kept before it is written over, for a base that is being made."""
+        return self.base is not None and self.base.state is State.MAKING
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data``; raises OSError."""

@@ -114,6 +114,7 @@ class Server:
         self.durability = Durability(journal, writer, state, images, events, pool.segments_max, self.post)
         self.durability.on_lost = self.note_doubts
         self.bypass = Bypass(self, dirty)
+        pool.make_room = self.give_up_bases
 
     # -- the loop
 
@@ -370,6 +371,17 @@ class Server:
             seconds = (time.monotonic_ns() - self._hold_began_ns) / 1e9
             self._hold_began_ns = 0
             self.events.write("journal.room", held_seconds=round(seconds, 3))
+
+    def give_up_bases(self) -> bool:
+        """Give up the bases that are being made, for the room that what is kept of them takes; False if none takes any.
+
+        What the guest writes, and its history, are worth more: a base can be made again.
+        """
+        bases = [disk.image.base for disk in self.disks.values() if disk.image.base is not None]
+        taking = [base for base in bases if base.state is State.MAKING and base.kept_bytes]
+        for base in taking:
+            base.fail("the guest needed the room that it took")
+        return bool(taking)
 
     # -- events in the journal
 

@@ -191,6 +191,11 @@ class CopyBeforeWrite:
         """How much of the disk the base has, 0 to 1."""
         return 1.0 if not self._chunks else self._map[_HEADER : _HEADER + self._chunks].count(1) / self._chunks
 
+    @property
+    def kept_bytes(self) -> int:
+        """Space that what is kept takes."""
+        return os.fstat(self._old).st_blocks * 512
+
     def fail(self, reason: str) -> None:
         """What the disk held is not known any more, or cannot be had: the base is given up. The first reason stays."""
         if self.state is not State.MAKING:

@@ -43,6 +43,10 @@ class JournalFull(Exception):
     """The journal cannot take more now; never shown to a user: the journal-full policy decides what it means."""
 
 
+class _NoRoom(JournalFull):
+    """The quota allows another segment, and the file system has no room for it."""
+
+
 class Recycling(enum.Enum):
     """May this segment be recycled? ``DROPS`` means yes, and that history is lost by it."""
 
@@ -80,6 +84,8 @@ class SegmentPool:
         """Rather exceed the quota than raise JournalFull."""
         self.deleted = False
         """The journal's directory is gone: another one of that name is not this journal."""
+        self.make_room: Callable[[], bool] = lambda: False
+        """Have others free what they took of the file system; False if there is nothing of theirs to be had."""
         self.dropped: list[Recycled] = []
         """History that was recycled to make room, for the caller to declare and clear."""
         self._free: list[Path] = []
@@ -198,6 +204,10 @@ class SegmentPool:
             raise JournalFull("the journal's directory was deleted")
         try:
             path, fd = self._open_free() or self._recycle(may_recycle)
+        except _NoRoom:
+            if not self.make_room():
+                raise
+            return self.take(header, may_recycle)
         except OSError as error:
             raise JournalFull(f"no segment can be had: {error}") from error
         try:
@@ -254,6 +264,9 @@ class SegmentPool:
         with contextlib.suppress(JournalFull):
             return self._extra(used, self.quota)
         for segment, verdict in self._candidates(may_recycle):
+            if verdict is Recycling.DROPS and used + self.segment_size <= self.quota and self.make_room():
+                with contextlib.suppress(JournalFull):
+                    return self._extra(used, self.quota)
             try:
                 fd = self._open_locked(segment.path)
             except BlockingIOError:
@@ -293,7 +306,7 @@ class SegmentPool:
         try:
             self._preallocate(path)
         except SpaceError as error:
-            raise JournalFull(str(error)) from error
+            raise _NoRoom(str(error)) from error
         return path, self._open_locked(path)
 
 
