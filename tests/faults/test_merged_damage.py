@@ -12,12 +12,14 @@ import pytest
 import xxhash
 
 from tests.history_tools import MadeHistory
-from vmrewind.errors import MomentError
+from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history import merging, stretches
 from vmrewind.history.activity import events
+from vmrewind.history.history import History
 from vmrewind.history.merged import MergedTable
 from vmrewind.history.merging import merge
-from vmrewind.history.sources import DamagedObject
+from vmrewind.history.resolve import resolve
+from vmrewind.history.sources import DamagedObject, LocalSource
 from vmrewind.history.stretches import merged_directory
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
@@ -183,6 +185,71 @@ def test_whoever_reads_single_records_is_told_of_a_segment_damaged_since(made: M
     read: list[Rows] = []
     with made.open() as history, pytest.raises(DamagedObject, match="damaged at offset"):
         read += [rows for _, rows in history.records(made.run).select(0, 1, max(made.times))]
+
+
+def damaged_between_records(made: MadeHistory) -> tuple[int, list[int]]:
+    """A merged segment loses the end of a payload and the next batch's header: (where on the disk, the seqs that are lost)."""
+    with Segment(made.segment_paths()[2]) as segment:
+        batches = list(segment.batches())
+    with open(made.segment_paths()[2], "r+b") as file:
+        file.seek(batches[2].position - 100)
+        file.write(bytes(200))
+    return 19 * K, list(range(batches[2].first_seq, batches[3].last_seq + 1))
+
+
+def check_without(made: MadeHistory, history: History, lost: list[int]) -> None:
+    """From the first lost record on no moment is to be had, and until it all are."""
+    for seq in range(1, max(made.times) + 1):
+        if seq < lost[0]:
+            found = View.open(history, "vda", made.position(seq)).read(0, 19 * K)
+            assert found == made.disk("vda").states[seq][: 19 * K], seq
+        else:
+            with pytest.raises(MomentError, match="damaged at offset"):
+                View.open(history, "vda", made.position(seq))
+
+
+def test_no_record_is_missing_silently_after_a_read_that_failed(made: MadeHistory) -> None:
+    offset, lost = damaged_between_records(made)
+    last = made.position(max(made.times))
+    with made.open() as history:
+        branch = history.branch()
+        assert history.coverage("vda", branch).holds_seq(0, last.seq), "the merged table knows"
+        first = View.open(history, "vda", last)
+        assert first.read(0, offset) == made.disk("vda").states[last.seq][:offset]
+        with pytest.raises(CorruptionError, match="damaged at offset"):
+            first.read(offset, K)
+        assert first.read(0, offset) == made.disk("vda").states[last.seq][:offset], "what stands, stands"
+        coverage = history.coverage("vda", branch)
+        assert [coverage.holds_seq(0, seq) for seq in (lost[0] - 1, lost[0], last.seq)] == [True, False, False]
+        with pytest.raises(MomentError):
+            resolve(history, branch, f"seq:{lost[0]}", ["vda"])
+        check_without(made, history, lost)
+
+
+@pytest.mark.parametrize("what", ["rows", "notes"])
+def test_a_piece_never_gives_less_than_it_stands_for(made: MadeHistory, what: str) -> None:
+    _, lost = damaged_between_records(made)
+    with made.open() as history:
+        records = history.records(made.run)
+        piece = next(piece for piece in records.pieces(0) if piece.first <= lost[0] <= piece.last)
+        assert isinstance(piece.source, LocalSource) and piece.source.table is not None
+        # As somebody does who finds the table damaged, and tells nobody.
+        piece.source.table.discard()
+        for _ in range(2):
+            with pytest.raises(DamagedObject, match="damaged at offset"):
+                getattr(piece, what)
+        check_without(made, history, lost)
+
+
+def test_a_segment_that_is_damaged_after_its_tables_were_forgotten_gives_no_less(made: MadeHistory) -> None:
+    for path in tables(made):
+        path.unlink()
+    with made.open() as history:
+        assert View.open(history, "vda", made.position(max(made.times)))
+        for source in history.records(made.run).local:
+            source.forget()
+        _, lost = damaged_between_records(made)
+        check_without(made, history, lost)
 
 
 def test_a_recycled_segment_takes_its_table_along(made: MadeHistory) -> None:

@@ -10,10 +10,10 @@ import ctypes
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from vmrewind.errors import CorruptionError, MomentError, RepositoryError, VmrewindError
 from vmrewind.history.branch import Branch, branch_of, choose_run, last_takeover, merge_runs, owners_run
@@ -29,6 +29,8 @@ from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.repository import VmRepository
 
 _TABLES_BYTES_MAX: Final = 64 << 20
+
+Made = TypeVar("Made")
 
 
 class History:
@@ -200,16 +202,27 @@ class History:
     def coverage(self, target: str, branch: Branch) -> Coverage:
         """In which intervals every moment of a disk can be restored."""
         key = (target, branch.run)
-        while key not in self._coverages:
-            try:
-                self._coverages[key] = cover(self, branch, target)
-            except DamagedObject as error:
-                self.records(error.source.run).leave_out(error)
-        return self._coverages[key]
+        losses = self._losses(branch)
+        known = self._coverages.get(key)
+        if known is None or known[0] != losses:
+            coverage = self.retrying(lambda: cover(self, branch, target))
+            self._coverages[key] = known = self._losses(branch), coverage
+        return known[1]
 
     @functools.cached_property
-    def _coverages(self) -> dict[tuple[str, int], Coverage]:
+    def _coverages(self) -> dict[tuple[str, int], tuple[int, Coverage]]:
         return {}
+
+    def _losses(self, branch: Branch) -> int:
+        return sum(self.records(leg.info.run).losses for leg in branch.legs)
+
+    def retrying(self, make: Callable[[], Made]) -> Made:
+        """What ``make`` makes of records, begun anew without whatever proves damaged meanwhile."""
+        while True:
+            try:
+                return make()
+            except DamagedObject as error:
+                self.records(error.source.run).leave_out(error)
 
     @functools.cached_property
     def ends(self) -> Mapping[int, int]:

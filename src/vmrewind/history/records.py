@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,13 +35,13 @@ class Piece:
 
     @property
     def rows(self) -> Rows:
-        """Every row of the part, of whatever disk."""
-        return between(self.source.rows, self.first, self.last)
+        """Every row of the part, of whatever disk; raises DamagedObject, rather than to leave any out."""
+        return self.source.rows(self.first, self.last)
 
     @property
     def notes(self) -> Rows:
-        """Its rows that tell something of others, or of the whole."""
-        return between(self.source.notes, self.first, self.last)
+        """Its rows that tell something of others, or of the whole; raises DamagedObject, rather than to leave any out."""
+        return self.source.notes(self.first, self.last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,30 @@ class RunRecords:
         self.broken = broken
         self._left_out: list[tuple[ShippedSource, str]] = []
         self._pieces: dict[int, list[Piece]] = {}
+        self._lock = threading.Lock()
+        self.losses = 0
+        """How often something was left out: what was concluded of the records before may not hold any more."""
 
     def pieces(self, disk: int) -> list[Piece]:
         """Disjoint pieces in order of seq that hold every known record of the disk (its index) and of the whole VM."""
-        if disk not in self._pieces:
+        pieces = self._pieces.get(disk)
+        if pieces is None:
             shipped = [source for source in self.shipped if source.mask >> disk & 1]
-            self._pieces[disk] = _merge(self._local_pieces(), shipped)
-        return self._pieces[disk]
+            self._pieces[disk] = pieces = _merge(self._local_pieces(), shipped)
+        return pieces
 
     def leave_out(self, damaged: DamagedObject) -> None:
         """Do without an object that turned out to be damaged, or with the part of a segment that can be read."""
-        if isinstance(damaged.source, ShippedSource):
-            self.shipped.remove(damaged.source)
-            self._left_out.append((damaged.source, str(damaged)))
-        self._pieces.clear()
+        source = damaged.source
+        with self._lock:
+            if isinstance(source, LocalSource):
+                source.look_again()
+            elif source in self.shipped:
+                # Another list: readers in other threads go through the one that they have.
+                self.shipped = [other for other in self.shipped if other is not source]
+                self._left_out.append((source, str(damaged)))
+            self._pieces.clear()
+            self.losses += 1
 
     def event_pieces(self) -> list[Piece]:
         """Disjoint pieces that hold every known record of the whole VM: any source has those, whatever its disks."""
@@ -253,10 +264,19 @@ class RunRecords:
             for other in self.shipped:
                 if other is source or not (other.first <= last and first <= other.last and other.mask >> disk & 1):
                     continue
-                rows = between(other.rows, first, last)
+                try:
+                    rows = other.rows(max(first, other.first), min(last, other.last))
+                except DamagedObject as damaged:
+                    self.leave_out(damaged)
+                    continue
                 for row in rows[(rows["xxh3"] == np.uint64(xxh3)) & (rows["length"] == length) & (rows["op"] == fmt.Op.WRITE)]:
                     return other.payload(int(row["seq"]), int(row["position"]), length, xxh3)
-            rows = source.rows
+            try:
+                rows = source.rows(first, last)
+            except DamagedObject as damaged:
+                # Whoever reads may take it for an error of this place alone, and go on.
+                self.leave_out(damaged)
+                raise
             for row in rows[(rows["position"] == np.uint64(position)) & (rows["op"] == fmt.Op.WRITE)]:
                 return source.payload(int(row["seq"]), position, length, xxh3)
             raise

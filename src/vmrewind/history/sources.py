@@ -59,13 +59,11 @@ class Source(Protocol):
     def mask(self) -> int:
         """The disks."""
 
-    @property
-    def rows(self) -> Rows:
-        """All of its rows, in order of seq."""
+    def rows(self, first: int, last: int) -> Rows:
+        """Its rows with seqs in [first, last], in order. Raises DamagedObject if it does not reach up to ``last`` (any more)."""
 
-    @property
-    def notes(self) -> Rows:
-        """Those that tell something of others, or of the whole: VOIDs and events."""
+    def notes(self, first: int, last: int) -> Rows:
+        """Those of them that tell something of others, or of the whole: VOIDs and events. Raises as ``rows`` does."""
 
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one of its rows; raises CorruptionError naming file or object, seq and offset."""
@@ -88,7 +86,8 @@ class LocalSource:
         self._is_last = is_last
         self._table: MergedTable | None = None
         self._last: int | None = None
-        self._notes: Rows | None = None
+        self._notes: tuple[int, Rows] | None = None
+        """Up to which seq, and they."""
 
     @property
     def table(self) -> MergedTable | None:
@@ -125,23 +124,37 @@ class LocalSource:
         """What the file itself shows to be wrong behind the valid prefix; only looked for in a run's last segment."""
         return self._read_once[2] if self._is_last else None
 
-    @property
-    def rows(self) -> Rows:
-        """All rows of the valid prefix."""
-        tables = self._read_once[0]
+    def rows(self, first: int, last: int) -> Rows:
+        """Rows of the valid prefix."""
+        tables, end, _ = self._read_once
         if (table := self.table) is not None and tables.last_seq != self._member.last_seq:
             table.discard()
-            raise DamagedObject(self, CorruptionError(f"{self.name} is damaged at offset {self._read_once[1]}", _AGAIN))
-        return tables.rows
+            raise self._damaged(end)
+        # Whoever asks was told so by a merged table, or by tables that were forgotten since.
+        if (tables.last_seq or 0) < last:
+            raise self._damaged(end)
+        return between(tables.rows, first, last)
 
-    @property
-    def notes(self) -> Rows:
-        """Its VOIDs and events."""
+    def notes(self, first: int, last: int) -> Rows:
+        """VOIDs and events of the valid prefix."""
         if (table := self.table) is not None:
-            return between(table.notes, self.first, self.last)
-        if self._notes is None:
-            self._notes = self._read_once[0].notes
-        return self._notes
+            known, notes = self._member.last_seq, table.notes
+        else:
+            if self._notes is None:
+                tables = self._read_once[0]
+                self._notes = tables.last_seq or 0, tables.notes
+            known, notes = self._notes
+        if known < last:
+            raise self._damaged(self.end)
+        return between(notes, first, last)
+
+    def _damaged(self, end: int) -> DamagedObject:
+        return DamagedObject(self, CorruptionError(f"{self.name} is damaged at offset {end}", _AGAIN))
+
+    def look_again(self) -> None:
+        """Note nothing of what it held before: ``last`` is told by the segment as it is now, or by a table that is usable."""
+        self._last = self._notes = None
+        self.forget()
 
     @property
     def kept_bytes(self) -> int:
@@ -261,18 +274,20 @@ class ShippedSource:
         framing = replace(self._framing, ahead=self._cache.ahead.get(self._key, bytes))
         return ShippedSegment(self._reader, self._key, framing)
 
+    def rows(self, first: int, last: int) -> Rows:
+        """Rows of the object: of its disks, all that its name promises."""
+        return between(self._rows, first, last)
+
+    def notes(self, first: int, last: int) -> Rows:
+        """VOIDs and events of the object."""
+        return between(self._notes if self._notes is not None else notes_of(self._rows), first, last)
+
     @property
-    def rows(self) -> Rows:
-        """All rows of the object."""
+    def _rows(self) -> Rows:
         try:
             return self._cache.rows.get(self._key, self._load)
         except CorruptionError as error:
             raise DamagedObject(self, error) from error
-
-    @property
-    def notes(self) -> Rows:
-        """Its VOIDs and events."""
-        return self._notes if self._notes is not None else notes_of(self.rows)
 
     def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""

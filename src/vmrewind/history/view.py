@@ -63,13 +63,10 @@ class View:
     def open(cls, history: History, target: str, position: Position) -> Self:
         """Compose the view. Raises MomentError if the position is not covered, RepositoryError and CorruptionError for what
         cannot be read."""
-        while True:
-            try:
-                return cls._open(history, target, position)
-            except DamagedObject as error:
-                history.records(error.source.run).leave_out(error)
-            finally:
-                history.forget_tables()
+        try:
+            return history.retrying(lambda: cls._open(history, target, position))
+        finally:
+            history.forget_tables()
 
     @classmethod
     def _open(cls, history: History, target: str, position: Position) -> Self:
