@@ -21,7 +21,7 @@ from vmrewind.recover.affected import Affected
 from vmrewind.recover.findings import Finding, Kind, Part
 from vmrewind.recover.verify import verify as verify_repository
 from vmrewind.repository.repository import Repository
-from vmrewind.start.resolve import parse_stored
+from vmrewind.start.resolve import parse_stored, share_being_made
 
 _AGE: Final = re.compile(r"(\d{1,6})([hd])", re.ASCII)
 _SHOWN_MAX: Final = 4
@@ -79,7 +79,8 @@ def verify(
             _show(finding)
 
     with byte_progress(json=json) as update:
-        parts = verify_repository(repository, found, update, vms=None if vm is None else [vm], data=data, again_ns=again_ns)
+        vms = None if vm is None else [vm]
+        parts = verify_repository(repository, found, update, vms=vms, data=data, again_ns=again_ns, being_made=share_being_made)
     nothing = vm is not None and not any(part.vm == vm and part.objects for part in parts)
     if nothing and not counts[Kind.UNCHECKED] and not counts[Kind.DAMAGE]:
         raise RepositoryError(
@@ -133,7 +134,7 @@ def _place(affected: Affected) -> str:
 def _show(finding: Finding) -> None:
     print(f"{_WORDS[finding.kind]}: {finding.object}: {finding.message}")
     for affected in finding.affected[:_SHOWN_MAX]:
-        print(f"  lost for {_place(affected)}")
+        print(f"  {'not restorable:' if finding.kind is Kind.GAP else 'lost for'} {_place(affected)}")
     if len(finding.affected) > _SHOWN_MAX:
         print(f"  and in {len(finding.affected) - _SHOWN_MAX} later runs")
     if finding.hint:

@@ -10,6 +10,7 @@ from typing import Final
 from vmrewind.recover.affected import Affected
 
 PUT_BACK: Final = "put it back from another copy of the repository, if there is one"
+WAIT: Final = "wait until it is made"
 NEW_BASE: Final = f"{PUT_BACK}; else vmrewind backup, at the VM's next stop, begins a history that does not need it"
 STORE_ANEW: Final = "a backup of a disk that still holds that piece stores it anew; in an object store, remove that object first"
 

@@ -20,7 +20,7 @@ from vmrewind.recover.contents import Problem, check_segment, whole_segment_lost
 from vmrewind.recover.findings import NEW_BASE, PUT_BACK, STORE_ANEW, Finding, Kind, Part
 from vmrewind.recover.restore import Progress
 from vmrewind.recover.verified import Verified
-from vmrewind.recover.verify_vm import Found, Structure, VmObjects
+from vmrewind.recover.verify_vm import BeingMade, Found, Structure, VmObjects
 from vmrewind.repository import layout
 from vmrewind.repository.chunks import CHUNK_SIZE
 from vmrewind.repository.directory import DirectoryStore
@@ -65,13 +65,16 @@ class _Read:
 class Verification:
     """One verification. ``found`` is told of each finding, ``progress`` of the bytes read."""
 
-    def __init__(self, repository: Repository, scope: Scope, known: Verified, found: Found, progress: Progress) -> None:
+    def __init__(
+        self, repository: Repository, scope: Scope, known: Verified, found: Found, progress: Progress, being_made: BeingMade
+    ) -> None:
         self._repository = repository
         self._store = repository.store
         self._scope = scope
         self._known = known
         self._found = found
         self._progress = progress
+        self._being_made = being_made
         self._chunks: dict[bytes, int] | None = None
         """Bytes of every chunk that is there, by id; None if that could not be learned."""
         self._used: dict[bytes, int] = {}
@@ -142,7 +145,7 @@ class Verification:
                 return part
             vm.gone_keys = gone = [key for key in self._known.keys(layout.vm_prefix(name)) if key not in sizes]
             findings: list[Finding] = []
-            Structure(vm, findings.append, self._progress).check(self._use)
+            Structure(vm, findings.append, self._progress, self._being_made).check(self._use)
             tree = vm.tree()
             told = {finding.object for finding in findings}
             for key in gone:
@@ -353,14 +356,16 @@ def verify(
     vms: Iterable[str] | None = None,
     data: bool = False,
     again_ns: int = 0,
+    being_made: BeingMade = lambda *_: None,
 ) -> list[Part]:
     """Verify a repository, or some VMs of it; ``found`` is told of each finding. Returns what was checked.
 
-    ``data``: every byte of what no verification has read since ``again_ns`` (a time; 0: ever). What the store raises is a finding.
+    ``data``: every byte of what no verification has read since ``again_ns`` (a time; 0: ever). ``being_made`` knows the bases that
+    are being made on this host. What the store raises is a finding.
     """
     with Verified.of(repository.id, repository.url) as known:
         scope = Scope(list(vms) if vms is not None else None, data, again_ns)
-        return Verification(repository, scope, known, found, progress).run()
+        return Verification(repository, scope, known, found, progress, being_made).run()
 
 
 def _reading(key: str, read: Callable[[], _Read]) -> _Read:

@@ -14,7 +14,7 @@ from vmrewind.journal.runs import RunInfo
 from vmrewind.recover.affected import Affected, Loss, Tree
 from vmrewind.recover.contents import whole_segment_lost
 from vmrewind.recover.elsewhere import Elsewhere
-from vmrewind.recover.findings import NEW_BASE, PUT_BACK, Finding, Kind
+from vmrewind.recover.findings import NEW_BASE, PUT_BACK, WAIT, Finding, Kind
 from vmrewind.recover.restore import Progress
 from vmrewind.recover.verify_coverage import Coverage
 from vmrewind.repository import layout
@@ -29,6 +29,8 @@ _SHOWN_MAX: Final = 20
 Found = Callable[[Finding], None]
 UseManifest = Callable[[Manifest], Sequence[int]]
 """Told of each manifest; returns the numbers of its chunks that are missing."""
+BeingMade = Callable[[str, str, str], float | None]
+"""How much of a base, 0 to 1, is made by now, by (VM, disk, base id); None if that is not known here."""
 
 
 @dataclass
@@ -104,8 +106,9 @@ class VmObjects:
 class Structure:
     """One pass over a VM's small objects and names. ``found`` is told of what is wrong."""
 
-    def __init__(self, vm: VmObjects, found: Found, progress: Progress) -> None:
+    def __init__(self, vm: VmObjects, found: Found, progress: Progress, being_made: BeingMade) -> None:
         self._vm = vm
+        self._being_made = being_made
         self._progress = progress
         self._found = found
 
@@ -226,19 +229,31 @@ class Structure:
                     affected = tree.affected([Loss(target, info.run, info.first_seq)])
                     hint = "the repository that the VM had before has it"
                     self._found(Finding(Kind.GAP, vm.name, base_key, message, hint, affected))
-                elif vm.is_missing(base_key):
-                    goes_on = info.parent is not None and target not in info.gaps
-                    losses = [] if goes_on else [Loss(target, info.run, info.first_seq)]
-                    way_round = ", which can be composed from the runs before it" if goes_on else ""
-                    self._damage(
-                        base_key,
-                        f"missing, unless it is still being made: the base of disk {target} of run {run_name(info.run)}{way_round}",
-                        NEW_BASE,
-                        tree,
-                        losses,
-                    )
+                elif base_key not in vm.sizes:
+                    self._missing_base(tree, info, target, base_id)
             for disk in info.disks:
                 coverage.check(info, disk)
+
+    def _missing_base(self, tree: Tree, info: RunInfo, target: str, base_id: str) -> None:
+        """A run's base that was not listed."""
+        vm = self._vm
+        key = layout.base_key(vm.name, target, base_id)
+        # Asked first: one that is completed in between is there.
+        share = self._being_made(vm.name, target, base_id)
+        if not vm.is_missing(key):
+            return
+        goes_on = info.parent is not None and target not in info.gaps
+        losses = [] if goes_on else [Loss(target, info.run, info.first_seq)]
+        what = f"the base of disk {target} of run {run_name(info.run)}"
+        way_round = ", which can be composed from the runs before it" if goes_on else ""
+        if share is not None:
+            message = f"still being made ({share:.0%} by now): {what}{way_round}"
+            self._found(Finding(Kind.GAP, vm.name, key, message, WAIT, tree.affected(losses)))
+        elif key in vm.gone_keys:
+            self._damage(key, f"gone, and an earlier verification saw it: {what}{way_round}", NEW_BASE, tree, losses)
+        else:
+            message = f"missing, or still being made on the VM's host: {what}{way_round}"
+            self._damage(key, message, f"{WAIT}, or {NEW_BASE}", tree, losses)
 
     def _in_circle(self, info: RunInfo) -> bool:
         seen = {info.run}

@@ -12,6 +12,7 @@ from typing import Final
 from vmrewind.capture.dirty import undeclared_gap
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError, VmrewindError, VmStateError
 from vmrewind.history.history import History
+from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.paths import VmPaths
 from vmrewind.repository.layout import REPOSITORY
 from vmrewind.repository.repository import Repository, VmRepository
@@ -91,6 +92,15 @@ class StoredVm:
         if history.problem is not None:
             raise history.problem
         return history
+
+
+def share_being_made(vm: str, target: str, base_id: str) -> float | None:
+    """How much of a base, 0 to 1, is made by now; None if it is not being made on this host, or that cannot be known."""
+    try:
+        found = begun_base(VmHandle(vm, VmConfig.load_saved(VmPaths(vm).config)).journal, target)
+    except (VmrewindError, OSError):
+        return None
+    return found[1] if found is not None and found[0] == base_id else None
 
 
 def open_vm(argument: str) -> VmHandle:
