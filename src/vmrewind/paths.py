@@ -59,6 +59,11 @@ class VmPaths:
         return self.state / "before-live.xml"
 
     @property
+    def saved_state(self) -> Path:
+        """What the hook knows of the domain's saved state (start/saved_state.py)."""
+        return self.state / "saved-state.json"
+
+    @property
     def default_journal(self) -> Path:
         """Where the journal is unless the configuration names another place."""
         return self.state / "journal"

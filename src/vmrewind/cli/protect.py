@@ -154,4 +154,4 @@ def _tell(console: Console, domain: str, after: Rewritten, hook: Installed, reco
         line("This libvirt is older than 9.2: should the capture die, the VM pauses for a moment until it is back.")
     if snapshots:
         line(f"The domain has {snapshots} snapshots from before: reverting to one brings the unprotected disks back.")
-    line(f"Make the full backup now (vmrewind backup {domain}), or the first start makes it and takes as long.")
+    line(f"Make the full backup now (vmrewind backup {domain}), or the first start begins it, while the VM runs.")

@@ -13,7 +13,7 @@ from vmrewind.history.moments import format_time
 from vmrewind.journal.format import run_name
 from vmrewind.start.libvirt import Libvirt
 from vmrewind.start.live import Prepared, Protected, claimed, go, prepare
-from vmrewind.start.live_checks import SAVED_STATES
+from vmrewind.start.saved_state import SAVED_STATES
 from vmrewind.vmconfig.rewrite import Rewritten
 
 BESIDES_SECONDS: Final = 1.5

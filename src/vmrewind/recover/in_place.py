@@ -33,8 +33,10 @@ from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.journal.format import run_name
 from vmrewind.journal.identity import image_identity
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
+from vmrewind.paths import VmPaths
 from vmrewind.recover.blocks import BLOCK, differing_runs
 from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
+from vmrewind.start.saved_state import note_changed, refuse_change
 
 _STEP: Final = 4 << 20
 _GROUP: Final = 64
@@ -73,11 +75,12 @@ def restore_in_place(
 
     ``only_changed``: look nowhere else than where ``planned`` tells; whole disks where it does not.
 
-    The VM must be stopped. Raises VmStateError if a capture lives, or if an interrupted restore concerned other disks as
-    well; ImageError if an image is in use, of another size, or holds what no history has, unless ``discard_unprotected`` is
-    given; SpaceError; and what the views raise, before anything is changed.
+    The VM must be stopped. Raises VmStateError if a capture lives, if a saved memory is to go on with the images, or if an
+    interrupted restore concerned other disks as well; ImageError if an image is in use, of another size, or holds what no
+    history has, unless ``discard_unprotected`` is given; SpaceError; and what the views raise, before anything is changed.
     """
     with stopped(journal), ExitStack() as opened:
+        refuse_change(VmPaths(history.name))
         begun = pending(journal)
         if begun is not None and (others := set(begun[1]) - set(images)):
             names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
@@ -106,6 +109,7 @@ def restore_in_place(
             jobs.append(_Job(view, image, progress, plan.ranges if plan is not None else None))
         for job in jobs:
             job.compare()
+        note_changed(VmPaths(history.name))
         _declare(journal, position, list(images))
         for job in jobs:
             with _naming(job.image):

@@ -47,6 +47,7 @@ from vmrewind.recover.restore import Progress, restore
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.images import refuse_half_restored
 from vmrewind.start.known_repository import note_repository
+from vmrewind.start.saved_state import refuse_change
 from vmrewind.vmconfig.model import VmConfig
 
 _DIRECTORY_MODE: Final = 0o711
@@ -142,6 +143,7 @@ def take_over(
     private_directory(journal)
     with stopped(journal):
         refuse_half_restored(repository.name, journal)
+        refuse_change(paths)
         note = _noted(journal, images / repository.name, at)
         if note is not None and _is_out_of_date(repository, note, branch):
             _begin_anew(note, journal, say)

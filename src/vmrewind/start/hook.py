@@ -27,6 +27,7 @@ from vmrewind.start.environment import guard_files
 from vmrewind.start.leftovers import connected
 from vmrewind.start.places import require_own_places
 from vmrewind.start.processes import Process, running
+from vmrewind.start.saved_state import note_ended, note_started, refuse_unfit
 
 KEEPER_MODULE: Final = "vmrewind.start.keeper"
 MODE: Final = "libvirt"
@@ -48,9 +49,12 @@ def handle(vm: str, operation: str, sub_operation: str, xml: bytes) -> None:
         case "start", "begin":
             _event(paths, "qemu.started")
         case "started", "begin":
+            # a domain that is resumed goes on only after this step
+            note_started(paths)
             _event(paths, "cpu.started")
         case "release", "end":
             stop_keeper(paths)
+            note_ended(paths)
         case "migrate", "begin":
             refuse_migration(vm, xml)
 
@@ -72,6 +76,7 @@ def prepare(paths: VmPaths, xml: bytes) -> None:
     """Start the keeper and wait until it is ready. One that is left over from an earlier life of the VM is stopped first."""
     _refuse_connected(paths)
     stop_keeper(paths)
+    refuse_unfit(paths)
     if not _is_protected(xml):
         return
     document = paths.state / "domain.xml"

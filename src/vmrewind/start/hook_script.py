@@ -42,7 +42,7 @@ esac
 xml=$(cat)
 case $xml in
 *urn:vmrewind:protection:*) ;;
-*) [ -e {runtime}/"$1"/keeper.json ] || exit 0 ;;
+*) [ -e {runtime}/"$1"/keeper.json ] || [ -e {state}/vms/"$1"/saved-state.json ] || exit 0 ;;
 esac
 export VMREWIND_STATE_DIR={state} VMREWIND_RUNTIME_DIR={runtime}
 printf '%s\\n' "$xml" | {python} -P -m vmrewind.start.hook "$@"

@@ -146,8 +146,8 @@ class Domain:
             )
         if saved:
             raise VmStateError(
-                f"domain {self.name!r} has an older saved state, which would be lost",
-                f"it is of no use any more, as the VM runs: virsh managedsave-remove {self.name}",
+                f"domain {self.name!r} runs, and has an older saved state: resumed by a later start, it would destroy the disks",
+                f"virsh managedsave-remove {self.name}: it is of no use any more",
             )
         if state == module.VIR_DOMAIN_SHUTOFF:
             raise VmStateError(f"domain {self.name!r} is shut off", "leave out --live: it is protected from its next start on")

@@ -244,6 +244,12 @@ class _Switch:
         """It could not be brought back either: say what does."""
         if isinstance(second, _GoneOn):
             return type(error)(f"{error}; {self._name} could not be brought back: {second}", second.hint)
+        if self._saved_ns and self._may_have_gone_on():
+            return type(error)(
+                f"{error}; and what {self._name} does now cannot be seen: {words_of(second)}. It may have gone on, protected, "
+                "after the save: its saved memory does not fit its disks any more, and must not be resumed",
+                f"virsh managedsave-remove {self._name}; unless it runs (virsh domstate {self._name}), virsh start {self._name}",
+            )
         resume = f"virsh start {self._name}"
         if self._saved is not None:
             kept = self._paths.before_live

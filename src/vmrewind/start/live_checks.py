@@ -25,11 +25,10 @@ from vmrewind.repository.repository import VmRepository
 from vmrewind.start.children import CaptureChild
 from vmrewind.start.hook_script import Installed, install, reload_daemons
 from vmrewind.start.images import check_image, known_end, refuse_half_restored, refuse_half_taken_over
+from vmrewind.start.saved_state import SAVED_STATES
 from vmrewind.start.supersession import ask
 from vmrewind.vmconfig.model import DiskConfig, VmConfig
 
-SAVED_STATES: Final = Path("/var/lib/libvirt/qemu/save")
-"""Where the system libvirt keeps saved states; compiled into it."""
 PROBE_BYTES_MAX: Final = 64 << 20
 HOOK_SECONDS: Final = 60.0
 _RESERVED: Final = "free-*.seg"

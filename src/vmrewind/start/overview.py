@@ -22,6 +22,7 @@ from vmrewind.ship.status import status as ship_status
 from vmrewind.start.control import instruct
 from vmrewind.start.processes import ROLES, Process, running
 from vmrewind.start.resolve import VmHandle
+from vmrewind.start.saved_state import words as saved_state_words
 from vmrewind.start.wanted import carried_disks, read_wanted
 
 
@@ -61,6 +62,7 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         result["run"], result["mode"] = keeping.run, keeping.mode
         roles = (role for role in ROLES if role != "server" or keeping.server is not None)
         result["processes"] = {role: _process(getattr(keeping, role), role, problems) for role in roles}
+        problems += saved_state_words(handle.paths)
         if not keeping.protected:
             # Only a keeper that brought capture up, and lives, takes the instruction to bring another one up.
             mendable = keeping.keeper.alive and handle.paths.keeper_socket.exists()
