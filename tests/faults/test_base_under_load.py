@@ -26,6 +26,7 @@ from tests.faults.test_capture_kill import busy, guests
 from tests.faults.test_capture_torn import ANOTHER_BOOT
 from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State
 from vmrewind.journal.identity import image_identity
+from vmrewind.repository.manifest import new_base_id
 from vmrewind.repository.partial import Partial
 from vmrewind.repository.repository import Repository
 
@@ -53,9 +54,7 @@ def begin(journal: Path, image: Path) -> CopyBeforeWrite:
     fd = os.open(image, os.O_RDONLY)
     try:
         size = image.stat().st_size
-        base = BegunBase(
-            "20260101T000000.000000000Z-0", 1, "u", "vda", size, "raw", None, time.time_ns(), image_identity(fd, image)
-        )
+        base = BegunBase(new_base_id(1), 1, "r", "u", "vda", size, "raw", None, time.time_ns(), image_identity(fd, image))
     finally:
         os.close(fd)
     CopyBeforeWrite.begin(journal, base)
@@ -302,3 +301,120 @@ def test_what_was_stored_and_is_lost_is_not_made_up(tmp_path: Path) -> None:
         assert start_maker(tmp_path, capture, 0).wait(30) != 0
         assert begun.state is State.FAILED and "lost chunk 0" in begun.reason
         assert vm.bases("vda") == []
+
+
+def test_without_its_files_nothing_is_made_of_what_was_not_kept(tmp_path: Path) -> None:
+    """Somebody removes them; the next capture finds none and keeps nothing, while whoever makes the base has them open still."""
+    image = raw_image(tmp_path / "a.raw", 64 * MIB, fill=True)
+    vmrewind("init", tmp_path / "repository")
+    capture = Capture(tmp_path, [DiskOf("vda", image)])
+    begun = begin(capture.journal, image)
+    with capture:
+        maker = start_maker(tmp_path, capture, 0.2)
+        until(lambda: noted_bytes(tmp_path) > 300, "the first chunk")
+        (capture.journal / "base-vda.old").unlink()
+        capture.kill()
+        capture.start()
+        with Client(capture.socket_path) as client:
+            client.write(60 * MIB, b"not kept" * 4096)
+        assert maker.wait(30) != 0
+        assert begun.state is State.FAILED and "removed" in begun.reason
+        assert Repository.open(str(tmp_path / "repository")).vm("web01").bases("vda") == []
+
+
+def test_what_failed_stays_failed_after_a_cut_of_the_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its word is on stable storage before what it was made of goes."""
+    image = raw_image(tmp_path / "a.raw", 8 * MIB, fill=True)
+    begun = begin(tmp_path / "journal", image)
+    asked: list[str] = []
+    monkeypatch.setattr(begun, "_map", Noting(begun._map, asked))
+    monkeypatch.setattr(os, "ftruncate", lambda *_: asked.append("truncate"))
+    begun.fail("a reason")
+    assert asked == ["flush", "truncate"]
+
+
+class Noting:
+    """A map whose syncs are noted."""
+
+    def __init__(self, content: Any, asked: list[str]) -> None:
+        self._content = content
+        self._asked = asked
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._content[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._content[key] = value
+
+    def flush(self, *_: int) -> None:
+        self._asked.append("flush")
+
+    def close(self) -> None:
+        self._content.close()
+
+
+def test_an_image_that_was_only_moved_goes_on_with_its_base(tmp_path: Path) -> None:
+    alone = Begun(tmp_path)
+    with alone.serving() as ready:
+        (begun,) = alone.all_events("base.begun")
+        alone.write(ready, 1)
+    moved = tmp_path / "elsewhere.raw"
+    alone.image.rename(moved)
+    alone.image = moved
+    alone.configure(repository=str(alone.repository))
+    alone.let_go()
+    with alone.serving():
+        assert alone.made() == begun["base"]
+    assert alone.restored("seq:1") == alone.before
+
+
+def test_another_repository_gets_a_base_of_its_own_at_once(tmp_path: Path) -> None:
+    alone = Begun(tmp_path)
+    with alone.serving() as ready:
+        (begun,) = alone.all_events("base.begun")
+        alone.write(ready, 1)
+    vmrewind("init", tmp_path / "other")
+    alone.configure(repository=str(tmp_path / "other"))
+    with alone.serving() as ready:
+        assert alone.all_events("base.given-up")[-1]["base"] == begun["base"]
+        assert alone.made() != begun["base"]
+        alone.write(ready, 2)
+    assert alone.restored("latest") == alone.image.read_bytes()
+
+
+def test_a_refused_start_begins_no_base(tmp_path: Path) -> None:
+    alone = Begun(tmp_path)
+    alone.let_go()
+    with alone.serving():
+        alone.made()
+    os.truncate(alone.image, SIZE + MIB)
+    second = raw_image(tmp_path / "b.raw", MIB)
+    text = alone.config.read_text()
+    at = text.index("[[protection.disk]]")
+    alone.config.write_text(f'{text[:at]}[[protection.disk]]\ntarget = "vdb"\nimage = "{second}"\n{text[at:]}')
+    assert "resized" in refused(alone, "capture", alone.config)
+    assert len(alone.all_events("base.begun")) == 2, "vdb's, or this test tests nothing"
+    assert not list(alone.journal.glob("base-*"))
+
+
+def test_after_a_death_a_device_s_base_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Nothing tells whether others wrote to it until the next start."""
+    alone = Begun(tmp_path)
+    losetup = subprocess.run(["losetup", "--find", "--show", alone.image], check=True, capture_output=True, text=True)
+    device = Path(losetup.stdout.strip())
+    try:
+        alone.image = device
+        alone.configure(repository=str(alone.repository))
+        with alone.serving() as ready:
+            (begun,) = alone.all_events("base.begun")
+            alone.write(ready, 1)
+            alone.kill_all(ready)
+        with device.open("r+b") as file:
+            file.seek(32 * MIB)
+            file.write(b"by others" * 1000)
+        alone.let_go()
+        with alone.serving():
+            assert alone.all_events("base.given-up")[-1]["base"] == begun["base"]
+            assert alone.made() != begun["base"]
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

@@ -30,7 +30,7 @@ from tests.power.promises import Promises, difference
 from tests.power.stepped import Turns, lock_class, select_with, worker_class
 from vmrewind.capture.policy import FullPolicy
 from vmrewind.capture.server import Server
-from vmrewind.errors import MomentError, VmStateError
+from vmrewind.errors import MomentError, RepositoryError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
 from vmrewind.journal.copy_before_write import CopyBeforeWrite, begun_base
@@ -102,6 +102,8 @@ class World:
         self.plan: Plan | None = None
         self.begun: dict[str, tuple[str, bytes]] = {}
         """Of each disk whose base is being made: its id, and what it is to hold."""
+        self.baseless: set[str] = set()
+        """Disks whose base was given up while the VM ran: nothing can be restored until the next one."""
         self.power_lost = False
         """While the VM ran, since the last plan."""
         self.segments = self.rng.choice((4, 32, 32))
@@ -342,6 +344,8 @@ class World:
         chance = rng.random()
         if chance < 0.05:
             self.server.record_event(fmt.Event.BOOKMARK, {"name": "x" * rng.randrange(1, 5000)})
+        elif chance < 0.055 and self.begun:
+            self._fail(rng.choice(list(self.begun)))
         elif chance < 0.08 and self.begun:
             self._complete(rng.choice(list(self.begun)))
         elif chance < 0.15 and self.resyncs:
@@ -363,6 +367,7 @@ class World:
         """What each base that is being made is to be: of an earlier run's, what is known already."""
         before, self.begun = self.begun, {}
         power_lost, self.power_lost = self.power_lost, False
+        self.baseless -= plan.info.bases.keys()
         for disk in self.disks:
             found = begun_base(self.journal, disk.target)
             if found is None:
@@ -377,13 +382,22 @@ class World:
         known = not power_lost and not self.promises.recycled_any
         assert not (lost and known), "a base was given up, and the host did not die while the VM ran"
 
+    def _fail(self, target: str) -> None:
+        """What capture cannot keep fails the base, for good."""
+        assert self.server is not None
+        base = self.server.disks[target].image.base
+        if base is not None:
+            base.fail("there is no room")
+            del self.begun[target]
+            self.baseless.add(target)
+
     def _complete(self, target: str) -> None:
         """The base that is being made of a disk is completed: it is the disk as its run found it."""
         base_id, expected = self.begun.pop(target)
         with self._unharmed():
             begun = CopyBeforeWrite.open(self.journal, target)
             assert begun is not None and begun.base.id == base_id
-            manifest = complete(self.paths, self.repository, begun, None)
+            manifest = complete(self.paths, self.repository, self.image(target), begun, None)
             begun.close()
             base = self.promises.base(target, manifest.id)
             assert base == expected, f"{target}: the base differs from what its run began with from {difference(base, expected)} on"
@@ -398,15 +412,15 @@ class World:
             info = history.runs[self.plan.info.run]
             try:
                 resync(history, info, target, self.journal, self.paths, EventLog(None), 1 << 30)
-            except MomentError as refused:
-                assert self._recycled(refused), "the plan said that its history can be gone on from"
+            except (MomentError, RepositoryError) as refused:
+                assert target in self.baseless or self._recycled(refused), "the plan said that its history can be gone on from"
                 return
         self.resyncs.remove(target)
         with self._unharmed():
             self._check_level(target)
 
     @staticmethod
-    def _recycled(refused: MomentError) -> bool:
+    def _recycled(refused: MomentError | RepositoryError) -> bool:
         """History is refused because the journal, which nobody shipped, was too small for it."""
         return "shipped" in str(refused)
 
@@ -431,8 +445,9 @@ class World:
         assert self.plan is not None
         try:
             found = self.promises.latest(self.plan.info.run, target)
-        except MomentError as refused:
-            assert target in self.resyncs or target in self.begun or self._recycled(refused), "no gap is open"
+        except (MomentError, RepositoryError) as refused:
+            unmade = target in self.begun or target in self.baseless
+            assert target in self.resyncs or unmade or self._recycled(refused), "no gap is open"
             return
         assert target not in self.resyncs, "a gap is open"
         image = self.image(target).read_bytes()

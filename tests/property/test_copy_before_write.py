@@ -50,7 +50,7 @@ class Disk:
         self.fd = os.open(self.path, os.O_RDWR)
         self.journal = directory / "journal"
         identity = image_identity(self.fd, self.path)
-        CopyBeforeWrite.begin(self.journal, BegunBase("b", 1, "u", "vda", size, "raw", None, 1, identity))
+        CopyBeforeWrite.begin(self.journal, BegunBase("b", 1, "r", "u", "vda", size, "raw", None, 1, identity))
         self.begun = self.open()
         self.taken: dict[int, bytes] = {}
         self.made.append(self)

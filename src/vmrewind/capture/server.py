@@ -35,7 +35,7 @@ from vmrewind.journal.clock import Clock
 from vmrewind.journal.copy_before_write import State
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.pool import JournalFull, SegmentPool
-from vmrewind.journal.runs import Head, Position, write_durably
+from vmrewind.journal.runs import Head, Kept, Position, write_durably
 from vmrewind.journal.state import StatePage
 from vmrewind.journal.writer import JournalWriter
 from vmrewind.nbd.negotiation import Handshake
@@ -510,13 +510,15 @@ class Server:
         for disk in self.disks.values():
             disk.doubtful |= disk.index in self.durability.lost or any(unread is disk for unread, _, _ in self.unread)
         # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
-        for disk in self.disks.values():
-            if disk.image.base is not None:
-                disk.image.base.settle()
         known = [] if gap else [disk for disk in self.disks.values() if not (disk.doubtful or disk.replaced)]
         identities = {disk.target: disk.image.identity() for disk in known}
         cause = f"the journal took no more until the last run's end: {gap}" if gap else None
-        write_durably(self.journal / "head.json", Head(position, identities, cause).to_json())
+        kept = {
+            disk.target: Kept(base.base.id, disk.image.identity())
+            for disk in self.disks.values()
+            if (base := disk.image.base) is not None and base.settle()
+        }
+        write_durably(self.journal / "head.json", Head(position, identities, cause, kept).to_json())
         self.events.write("capture.stopped", seq=ended)
         for disk in self.disks.values():
             disk.image.close()

@@ -61,10 +61,12 @@ class State(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class BegunBase:
-    """A base that is being made: of which disk, as it was at the beginning of run ``run``. ``identity``: the image's then."""
+    """A base that is being made: of which disk, as it was at the beginning of run ``run``. ``identity``: the image's then.
+    ``repository``: the id of the one that it is made for."""
 
     id: str
     run: int
+    repository: str
     uuid: str
     disk: str
     size: int
@@ -92,8 +94,9 @@ def _old_path(journal: Path, target: str) -> Path:
 class CopyBeforeWrite:
     """A disk's base that is being made. ``begin`` makes its files, ``open`` finds them."""
 
-    def __init__(self, journal: Path, target: str, content: mmap.mmap, old: int, base: BegunBase) -> None:
+    def __init__(self, journal: Path, target: str, content: mmap.mmap, old: int, base: BegunBase, inodes: tuple[int, int]) -> None:
         self.base = base
+        self._inodes = inodes
         self._journal = journal
         self._target = target
         self._map = content
@@ -153,6 +156,7 @@ class CopyBeforeWrite:
             if head[: len(_MAGIC)] != _MAGIC or base.disk != target or os.fstat(fd).st_size != length:
                 return None
             content = mmap.mmap(fd, length)
+            inode = os.fstat(fd).st_ino
         finally:
             os.close(fd)
         try:
@@ -160,7 +164,7 @@ class CopyBeforeWrite:
         except FileNotFoundError:
             content.close()
             return None
-        return cls(journal, target, content, old, base)
+        return cls(journal, target, content, old, base, (inode, os.fstat(old).st_ino))
 
     def close(self) -> None:
         """Let go of the files."""
@@ -205,17 +209,19 @@ class CopyBeforeWrite:
         self._map[_REASON_AT : _REASON_AT + 2] = len(text).to_bytes(2, "little")
         self._map[_STATE_AT] = State.FAILED
         with contextlib.suppress(OSError):
+            # Before what it was made of goes: no cut of the power must leave the one without the other.
+            self._map.flush(0, _HEADER)
             os.ftruncate(self._old, 0)
 
-    def settle(self) -> None:
-        """Bring what is kept to stable storage: the VM has stopped, and the host may stop too."""
-        if self.state is not State.MAKING:
-            return
+    def settle(self) -> bool:
+        """Bring what is kept to stable storage: the VM has stopped, and the host may stop too. False if the base has failed."""
         try:
-            os.fsync(self._old)
-            self._map.flush()
+            if self.state is State.MAKING:
+                os.fsync(self._old)
+                self._map.flush()
         except OSError as error:
             self.fail(f"what was kept of {self._target} could not be synced: {error}")
+        return self.state is State.MAKING
 
     # -- whoever writes to the image
 
@@ -314,10 +320,20 @@ class CopyBeforeWrite:
             content[begin:end] = old.ljust(end - begin, b"\0")
         return bytes(content)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether its files are where whoever writes to the image finds them: without them nothing is kept any more."""
+        try:
+            paths = (map_path(self._journal, self._target), _old_path(self._journal, self._target))
+            return tuple(path.stat().st_ino for path in paths) == self._inodes
+        except OSError:
+            return False
+
     def finish(self) -> None:
-        """The repository has the base: nothing is kept from now on, and the files go."""
+        """The repository has the base: nothing is kept from now on, and the files go, durably. Raises OSError."""
         self._map[_STATE_AT] = State.DONE
         remove(self._journal, self._target)
+        sync_directory(self._journal)
 
     def _bits(self, chunk: int) -> int:
         at = self._bits_at + chunk * _BITS_BYTES

@@ -148,6 +148,21 @@ class RunInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """A base that is being made and that all writes were kept for until the run's end; the image's identity then."""
+
+    base: str
+    identity: ImageIdentity
+
+    def still(self, now: ImageIdentity) -> bool:
+        """Whether nobody has written to the image since, wherever its file lies by now; not if that cannot be told."""
+        if self.identity.device or now.device:
+            return self.identity.tells and self.identity == now
+        left = self.identity
+        return (left.size, left.mtime_ns, left.inode) == (now.size, now.mtime_ns, now.inode)
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """The moment that the images hold while no capture is alive, and the identity by which each is recognised."""
 
@@ -155,6 +170,8 @@ class Head:
     images: Mapping[str, ImageIdentity]
     gap: str | None = None
     """The cause of a gap that begins with the moment, and goes on: what the images hold now is not known; ``images`` is empty."""
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """Of each disk whose base is still being made, whether or not its history is known to the end."""
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -163,7 +180,9 @@ class Head:
             "seq": self.position.seq,
             "time_ns": self.position.time_ns,
             "images": {target: asdict(identity) for target, identity in self.images.items()},
-        } | ({"gap": self.gap} if self.gap is not None else {})
+        }
+        plain |= {"gap": self.gap} if self.gap is not None else {}
+        plain |= {"kept": {target: asdict(kept) for target, kept in self.kept.items()}} if self.kept else {}
         return _sealed(plain)
 
     @classmethod
@@ -172,7 +191,8 @@ class Head:
         try:
             plain = _unsealed(data)
             images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
-            return cls(_position(plain), images, plain.get("gap"))
+            kept = {t: Kept(one["base"], ImageIdentity(**one["identity"])) for t, one in plain.get("kept", {}).items()}
+            return cls(_position(plain), images, plain.get("gap"), kept)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(
                 f"{origin}: not a head description: {error!r}",

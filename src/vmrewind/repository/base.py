@@ -139,9 +139,10 @@ def make_begun_base(
             base.identity,
             tuple(chunks),
         )
+        if not begun.in_place:
+            begun.fail("its files in the journal's directory were removed: what was written since was not kept")
         _refuse_failed(begun, path)
         repository.put_base(manifest)
-        done.remove()
     return manifest
 
 

@@ -25,6 +25,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.repository.base import make_base, make_begun_base
 from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.vmconfig.model import VmConfig
 
 _NICENESS: Final = 10
 _PR_SET_PDEATHSIG: Final = 1
@@ -94,17 +95,24 @@ def back_up(paths: VmPaths, repository: VmRepository, image: Image, uuid: str, p
     return manifest
 
 
-def begin(journal: Path, image: Image, run: int, uuid: str) -> str:
+def begin(journal: Path, repository_id: str, image: Image, run: int, uuid: str) -> str:
     """Begin the base of an open, locked image as it is now, which a run is about to write to; its id. Raises SpaceError."""
     time_ns = time.time_ns()
     base = BegunBase(
-        new_base_id(time_ns), run, uuid, image.target, image.size, image.format, image.backing, time_ns, image.identity()
-    )
+        new_base_id(time_ns), run, repository_id, uuid, image.target, image.size, image.format, image.backing, time_ns,
+        image.identity(),
+    )  # fmt: skip
     CopyBeforeWrite.begin(journal, base)
     return base.id
 
 
-def complete(paths: VmPaths, repository: VmRepository, begun: CopyBeforeWrite, progress: Progress | None) -> Manifest:
+def is_of(base: BegunBase, image: int) -> bool:
+    """Whether the open image is the file, or the device, that the base was begun of."""
+    status = os.fstat(image)
+    return (base.identity.inode, base.identity.device) in ((status.st_ino, 0), (0, status.st_rdev))
+
+
+def complete(paths: VmPaths, repository: VmRepository, image: Path, begun: CopyBeforeWrite, progress: Progress | None) -> Manifest:
     """Make a base that was begun, of an image that may be in use, and keep a copy of its manifest here.
 
     Raises VmStateError if another process makes it, ImageError if the image cannot be read or the base has failed, and what the
@@ -113,7 +121,7 @@ def complete(paths: VmPaths, repository: VmRepository, begun: CopyBeforeWrite, p
     base = begun.base
     if not begun.claim():
         raise VmStateError(f"base {base.id} of disk {base.disk} is being made by another process", "wait for it")
-    image = Path(base.identity.path)
+    partial = paths.state / f"begun-{base.disk}.partial"
 
     def report(done: int, total: int, sent: int) -> None:
         if progress is not None:
@@ -124,15 +132,18 @@ def complete(paths: VmPaths, repository: VmRepository, begun: CopyBeforeWrite, p
     except OSError as error:
         raise ImageError(f"{image}: cannot be opened: {error.strerror}", "check the path and its mode") from error
     try:
-        status = os.fstat(fd)
-        if base.identity.inode not in (0, status.st_ino):
+        if not is_of(base, fd):
             raise ImageError(f"{image}: another file than the one that the base of {base.disk} was begun of", "put that one back")
-        partial = paths.state / f"begun-{base.disk}.partial"
-        manifest = make_begun_base(repository, fd, image, begun, partial=partial, progress=report)
+        if base.id in repository.bases(base.disk):
+            # An earlier try put it, and was ended before it could say so.
+            manifest = repository.base(base.disk, base.id)
+        else:
+            manifest = make_begun_base(repository, fd, image, begun, partial=partial, progress=report)
     finally:
         os.close(fd)
     write_durably(paths.bases / base.disk / f"{manifest.id}.json", manifest.to_json())
     begun.finish()
+    partial.unlink(missing_ok=True)
     return manifest
 
 
@@ -153,6 +164,7 @@ def main() -> int:
     os.nice(_NICENESS)
     paths = VmPaths(given.vm)
     events = EventLog(paths.events(int(given.run, 16)))
+    images = {disk.target: Path(disk.image) for disk in VmConfig.load_saved(paths.config).protection.disk}
     code = 0
     for target in given.disks:
         begun = CopyBeforeWrite.open(given.journal, target)
@@ -167,7 +179,7 @@ def main() -> int:
                     nonlocal sent_bytes
                     sent_bytes = sent
 
-                manifest = complete(paths, Repository.open(given.repository).vm(given.vm), begun, note)
+                manifest = complete(paths, Repository.open(given.repository).vm(given.vm), images[target], begun, note)
                 seconds = round(time.monotonic() - began, 3)
                 events.write(
                     "base.made", disk=target, base=manifest.id, bytes=manifest.size, sent_bytes=sent_bytes, seconds=seconds

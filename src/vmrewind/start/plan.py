@@ -24,7 +24,7 @@ from vmrewind.history.configuration import config_digest
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
 from vmrewind.journal import format as fmt
-from vmrewind.journal.copy_before_write import CopyBeforeWrite, State, remove
+from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import (
     Discontinuity,
@@ -41,7 +41,7 @@ from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.ship.noted import forget_shipped_elsewhere
-from vmrewind.start.bases import Progress, back_up, begin, complete, matching_base
+from vmrewind.start.bases import Progress, back_up, begin, complete, is_of, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
 from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
@@ -141,6 +141,7 @@ class Planner:
         self._warn()
         images = self.open_images(past.runs, backup)
         bases: dict[str, str] = {}
+        begun_now: list[str] = []
         gaps: dict[str, Discontinuity] = {}
         resync: list[str] = []
         try:
@@ -150,7 +151,7 @@ class Planner:
                 image.extend()
                 continuous = self._continues(image, past)
                 base = self._matching_base(image, vm_uuid)
-                begun = self._begun(image, past, continuous=continuous)
+                begun = self._begun(image, past)
                 if image.target in backup:
                     base = self._back_up(image, vm_uuid, begun)
                 wanted = self.config.protection.repository is not None
@@ -161,6 +162,7 @@ class Planner:
                     elif not stands:
                         why = "no base equals it as it is now" if past.runs else "it has none yet"
                         base = self._begin_base(image, run, vm_uuid, why, instead_of=begun)
+                        begun_now.append(image.target)
                 if base is not None:
                     bases[image.target] = base
                 if past.position is not None and not continuous:
@@ -168,6 +170,10 @@ class Planner:
                     self.events.write("history.gap", disk=image.target, cause=gaps[image.target].cause)
             # A base does not change an image; qcow2 was extended when it was opened, so this is what capture will see.
             identities = {image.target: image.identity() for image in images}
+        except BaseException:
+            for target in begun_now:
+                remove(self.journal, target)
+            raise
         finally:
             for image in images:
                 image.close()
@@ -323,7 +329,7 @@ class Planner:
                 "are written, the journal drops its oldest history, and nothing can be restored until the next base"
             )
 
-    def _begun(self, image: Image, past: Past, *, continuous: bool) -> str | None:
+    def _begun(self, image: Image, past: Past) -> str | None:
         """The base of the disk that an earlier run began and that can be gone on with; what is left of any other is removed.
 
         It can if all that was written to the image since is known: by those who keep what the base does not have yet.
@@ -335,12 +341,28 @@ class Planner:
         with begun:
             base = begun.base
             named = any(info.bases.get(image.target) == base.id for info in past.runs)
-            known = continuous or (past.recovered and image.target not in past.used)
-            if begun.state is State.MAKING and named and known and base.size == image.size:
+            if begun.state is State.MAKING and named and (reason := self._why_not(image, past, base)) is not None:
+                begun.fail(reason)
+            if begun.state is State.MAKING and named:
                 return base.id
-            if begun.state is not State.DONE and named:
-                self._give_up(image, base.id, begun.reason or "what was written to the image since is not known")
+            if begun.state is State.FAILED and named:
+                self._give_up(image, base.id, begun.reason)
         remove(self.journal, image.target)
+        return None
+
+    def _why_not(self, image: Image, past: Past, base: BegunBase) -> str | None:
+        """Why a base that was begun cannot be gone on with, None if it can."""
+        if self.repository is not None and self.repository.repository.id != base.repository:
+            return "it was begun for another repository"
+        if base.size != image.size or not is_of(base, image.fd):
+            return "the image is another one"
+        if past.head is not None:
+            kept = past.head.kept.get(image.target)
+            if kept is None or kept.base != base.id or not kept.still(image.identity()):
+                return "what was written to the image since the last run is not known"
+        elif not past.recovered or image.block_device or image.target in past.used:
+            # A device does not tell who wrote to it while nobody was there.
+            return "what was written to the image since the last run died is not known"
         return None
 
     def _give_up(self, image: Image, base: str, reason: str) -> None:
@@ -363,10 +385,10 @@ class Planner:
         return self.repository
 
     def _begin_base(self, image: Image, run: int, vm_uuid: str, why: str, instead_of: str | None) -> str:
-        self._reachable(image)
+        repository = self._reachable(image)
         if instead_of is not None:
             self._give_up(image, instead_of, "what was written since is not complete")
-        base = begin(self.journal, image, run, vm_uuid)
+        base = begin(self.journal, repository.repository.id, image, run, vm_uuid)
         self.say(f"{image.target}: a base (full backup) of it as it is now is made while the VM runs: {why}")
         self.events.write("base.begun", disk=image.target, base=base, bytes=image.size, reason=why)
         return base
@@ -378,7 +400,7 @@ class Planner:
         if found is not None:
             with found:
                 self.say(f"{image.target}: completing base {begun}, which was begun before")
-                complete(self.paths, repository, found, self.progress)
+                complete(self.paths, repository, Path(image.path), found, self.progress)
                 self.events.write("base.made", disk=image.target, base=begun, bytes=image.size)
         self.say(f"{image.target}: making a base (full backup): a backup was asked for")
         manifest = back_up(self.paths, repository, image, vm_uuid, self.progress)
