@@ -49,7 +49,10 @@ class Comparison:
             yield Difference(path, "added" if one is None else "removed", ())
         else:
             try:
-                if what := self._what(one, other):
+                what = self._what(one, other)
+                if one.problem and other.problem:
+                    yield Difference(path, "unreadable", (other.problem,))
+                elif what:
                     yield Difference(path, "changed", what)
             except FileError as error:
                 yield Difference(path, "unreadable", (str(error),))

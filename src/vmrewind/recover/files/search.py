@@ -190,6 +190,7 @@ def _look(reader: Reader, rolling: _Rolling, target: str, path: bytes, wanted: s
                 entry.mtime_ns,
                 entry.target,
                 digest.hexdigest() if entry.kind == "file" else "",
+                entry.problem,
             )
         except FileError as error:
             if "is not there" not in str(error) and "is not a directory" not in str(error):

@@ -10,6 +10,8 @@ from vmrewind.recover.files.names import shown
 from vmrewind.recover.files.wire import Entry, Piece
 
 _LINKS_MAX: Final = 40
+TARGET_BYTES_MAX: Final = 4095
+"""The longest target of a symbolic link that Linux follows (PATH_MAX with its NUL)."""
 
 
 class FileSystem(Protocol):
@@ -36,6 +38,13 @@ class FileSystem(Protocol):
         """Extended attributes, and a device's number. Raises FileError if they cannot be read."""
 
 
+def whole_target(target: bytes, size: int) -> bytes:
+    """The target of a symbolic link of this size, if that is what it is. Raises FileError."""
+    if len(target) != size or not size or b"\0" in target:
+        raise FileError(f"its target cannot be read: {size} bytes are said to be there, and they are not, or are no target")
+    return target
+
+
 def lookup(system: FileSystem, path: bytes) -> Entry:
     """What is at a path; symbolic links on the way are followed within the file system, the last name is not. Raises FileError."""
     trail = [system.root()]
@@ -52,6 +61,8 @@ def lookup(system: FileSystem, path: bytes) -> Entry:
         found = _child(system, here, name)
         if found is None:
             raise FileError(f"{shown(path)}: is not there", "ls of a directory above it shows what is")
+        if found.problem and left:
+            raise FileError(f"{shown(path)}: {shown(name)} cannot be followed: {found.problem}")
         if found.kind == "symlink" and left:
             links += 1
             if links > _LINKS_MAX:

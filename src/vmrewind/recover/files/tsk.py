@@ -12,6 +12,8 @@ import pytsk3
 
 from vmrewind.errors import FileError
 from vmrewind.recover.files.blocks import Blocks, Stream
+from vmrewind.recover.files.ext_inodes import ExtInodes
+from vmrewind.recover.files.tree import TARGET_BYTES_MAX, whole_target
 from vmrewind.recover.files.wire import PIECE_BYTES, Entry, Piece
 
 _KINDS: Final = {
@@ -94,6 +96,7 @@ class SleuthKit:
         except OSError as error:
             raise FileError(f"{kind}: cannot be opened: {_told(error)}") from error
         self._pyfsext: Any = None
+        self._inodes = ExtInodes(blocks) if kind.startswith("ext") else None
         if kind == "ntfs":
             self._look_at_ntfs()
 
@@ -122,20 +125,42 @@ class SleuthKit:
     def _entry(self, name: bytes, meta: Any, inode: int) -> Entry:
         if meta is None:
             return Entry(name, inode, "unknown", problem="its inode cannot be read")
-        kind = _KINDS.get(meta.type, "unknown")
+        kind, size = _KINDS.get(meta.type, "unknown"), int(meta.size)
+        times = int(meta.mtime) * 10**9 + int(meta.mtime_nano), int(meta.ctime) * 10**9 + int(meta.ctime_nano)
+        target, problem = b"", ""
+        if self._inodes is not None:
+            try:
+                times = self._inodes.times(inode)
+            except FileError as error:
+                return Entry(name, inode, "unknown", problem=str(error))
+        if kind == "symlink":
+            try:
+                target = self._target(inode, bytes(meta.link or b""), size)
+            except FileError as error:
+                problem = str(error)
         return Entry(
             name=name,
             inode=inode,
             kind=kind,
-            size=int(meta.size),
+            size=size,
             mode=stat.S_IMODE(int(meta.mode)),
             uid=int(meta.uid) & 0xFFFFFFFF,
             gid=int(meta.gid) & 0xFFFFFFFF,
-            mtime_ns=int(meta.mtime) * 10**9 + int(meta.mtime_nano),
-            ctime_ns=int(meta.ctime) * 10**9 + int(meta.ctime_nano),
+            mtime_ns=times[0],
+            ctime_ns=times[1],
             links=int(meta.nlink),
-            target=bytes(meta.link or b"") if kind == "symlink" else b"",
+            target=target,
+            problem=problem,
         )
+
+    def _target(self, inode: int, short: bytes, size: int) -> bytes:
+        """A link's target; ``short``: what of it the library gives, which is none of one that lies outside of the inode."""
+        if len(short) == size:
+            return short
+        try:
+            return whole_target(self._system.open_meta(inode).read_random(0, min(size, TARGET_BYTES_MAX)), size)
+        except OSError as error:
+            raise FileError(f"its target cannot be read: {_told(error)}") from error
 
     def content(self, inode: int) -> Iterator[Piece]:
         """See FileSystem."""

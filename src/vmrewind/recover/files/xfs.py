@@ -11,6 +11,7 @@ import pyfsxfs
 
 from vmrewind.errors import FileError
 from vmrewind.recover.files.blocks import Blocks, Stream
+from vmrewind.recover.files.tree import TARGET_BYTES_MAX, whole_target
 from vmrewind.recover.files.wire import PIECE_BYTES, Entry, Piece
 
 _KINDS: Final = {
@@ -26,6 +27,11 @@ _HOLE: Final = 1
 _BASIC_BLOCK: Final = 512
 _LOG_MAGIC: Final = 0xFEEDBABE
 _UNMOUNT: Final = 0x20
+_LINK_HEADER: Final = struct.Struct(">4sII4x16xQ16x")
+"""Of a target outside of the inode (xfs_dsymlink_hdr): magic, which part of the target this is (offset, bytes), its inode."""
+_LINK_EXTENTS_MAX, _LINK_BYTES_MAX = 3, 1 << 16
+"""As many there are at most, and so long (XFS_SYMLINK_MAPS, XFS_MAX_BLOCKSIZE)."""
+_LINK_MAGIC: Final = b"XSLM"
 _RECORD_BLOCKS_MAX: Final = 1024
 """How far behind a record's header the log's head can lie: a record is at most 256 KiB, and its headers."""
 
@@ -38,6 +44,7 @@ class Xfs:
 
     def __init__(self, blocks: Blocks) -> None:
         self.notes = []
+        self._blocks = blocks
         try:
             if not log_is_clean(blocks):
                 self.notes.append("XFS's log holds changes that are not in place yet, and nothing but a kernel can replay it")
@@ -75,6 +82,12 @@ class Xfs:
 
     def _entry(self, name: bytes, file: Any) -> Entry:
         kind = _KINDS.get(stat.S_IFMT(file.file_mode), "unknown")
+        target, problem = b"", ""
+        if kind == "symlink":
+            try:
+                target = self._target(file)
+            except FileError as error:
+                problem = str(error)
         return Entry(
             name=name,
             inode=int(file.inode_number),
@@ -86,7 +99,29 @@ class Xfs:
             mtime_ns=int(file.get_modification_time_as_integer()),
             ctime_ns=int(file.get_inode_change_time_as_integer()),
             links=int(file.number_of_links),
-            target=(file.symbolic_link_target or "").encode("utf-8", "surrogateescape") if kind == "symlink" else b"",
+            target=target,
+            problem=problem,
+        )
+
+    def _target(self, file: Any) -> bytes:
+        """A link's target. libfsxfs takes what lies outside of the inode for text, and does not know version 5's headers in it."""
+        size = int(file.size)
+        try:
+            target = (file.symbolic_link_target or "").encode("utf-8", "surrogateescape")
+        except OSError:
+            target = b""  # It is not UTF-8.
+        if len(target) == size:
+            return whole_target(target, size)
+        try:
+            extents = [file.get_extent(number) for number in range(min(file.number_of_extents, _LINK_EXTENTS_MAX))]
+        except OSError as error:  # It is in the inode.
+            raise FileError("its target cannot be read: it is not UTF-8, or damaged") from error
+        stored = b"".join(self._blocks.read(offset, min(length, _LINK_BYTES_MAX)) for offset, length, _ in extents)
+        superblock = self._blocks.read(0, _BASIC_BLOCK)
+        if struct.unpack_from(">H", superblock, 100)[0] & 15 < 5:
+            return whole_target(stored[: min(size, TARGET_BYTES_MAX)], size)
+        return whole_target(
+            _without_headers(stored, struct.unpack_from(">I", superblock, 4)[0], int(file.inode_number), size), size
         )
 
     def content(self, inode: int) -> Iterator[Piece]:
@@ -165,6 +200,20 @@ def log_is_clean(blocks: Blocks) -> bool:
         (flags,) = struct.unpack_from(">B", block(head - back + headers), 9)
         return bool(operations == 1 and flags & _UNMOUNT)
     return False
+
+
+def _without_headers(stored: bytes, block_size: int, inode: int, size: int) -> bytes:
+    """A link's target of version 5: every extent begins with a header (xfs_symlink_remote_read)."""
+    target = b""
+    at = 0
+    while len(target) < size and at + _LINK_HEADER.size < len(stored):
+        magic, offset, length, owner = _LINK_HEADER.unpack_from(stored, at)
+        if (magic, offset, owner) != (_LINK_MAGIC, len(target), inode) or not length:
+            break
+        at += _LINK_HEADER.size
+        target += stored[at : at + length]
+        at = -(-(at + length) // block_size) * block_size
+    return target
 
 
 def _told(error: OSError) -> str:
