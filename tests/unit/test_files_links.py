@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests import file_systems as fs
+from tests.history_tools import MadeHistory
 from vmrewind.errors import FileError
 from vmrewind.recover.files.client import ImageOf, Reader
 from vmrewind.recover.files.compare import Comparison, Difference
 from vmrewind.recover.files.fetch import Fetched, Fetcher, Options
+from vmrewind.recover.files.search import changes
 from vmrewind.recover.files.wire import Entry
 
 MIB = 1 << 20
@@ -149,6 +151,27 @@ def test_a_target_that_cannot_be_read_is_a_problem_and_not_a_link_to_something_e
     volume, _ = opened(reader, bytes(content))
     with pytest.raises(FileError, match="link400 cannot be followed"):
         reader.lookup(volume, b"/link400/below")
+
+
+def test_a_change_of_a_target_outside_of_the_inode_is_found(readers: tuple[Reader, Reader], tmp_path: Path) -> None:
+    first = xfs_with_links(tmp_path / "image", readers[0])
+    at = first.index(LINKS[1000].encode()) - XFS_HEADER.size
+    other = first[at : at + 4096].replace(b"tZ", b"uZ")
+    broken = b"?" + other[1:]
+    made = MadeHistory(tmp_path, {"vda": len(first)}, states=False)
+    made.disk("vda").content[:] = first
+    made.start()
+    written = [made.write("vda", at, block) for block in (first[at : at + 4096], other, broken)]
+    made.stop()
+    made.ship_runs()
+    with made.open() as history:
+        between = made.position(written[0]), made.position(written[2])
+        found = list(changes(history, history.branch(), "vda", readers[0], b"/link1000", None, between, replay=False))
+    assert [(change.position.seq, change.what) for change in found[1:]] == [
+        (written[1], ("target",)),
+        (written[2], ("target", "problem")),
+    ]
+    assert [change.state.target.decode() for change in found] == [LINKS[1000], LINKS[1000].replace("tZ", "uZ"), ""]
 
 
 @pytest.mark.parametrize("inode_size", [128, 256])
