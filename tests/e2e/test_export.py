@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 @contextlib.contextmanager
-def exported(*arguments: object) -> Iterator[dict[str, Any]]:
+def exported(*arguments: object, ended_by: signal.Signals = signal.SIGTERM) -> Iterator[dict[str, Any]]:
     """An export runs; yields its ready line, with its process id and, afterwards, what it complained of."""
     command = [VMREWIND, "export", *map(str, arguments), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -34,7 +34,7 @@ def exported(*arguments: object) -> Iterator[dict[str, Any]]:
         assert line, process.stderr.read()
         ready: dict[str, Any] = json.loads(line) | {"pid": process.pid}
         yield ready
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(ended_by)
         ready["stderr"] = process.communicate(timeout=60)[1]
         assert process.returncode == 0
     finally:
@@ -143,10 +143,12 @@ def test_the_repository_alone_is_enough(past: tuple[Alone, str, bytes], tmp_path
     while vmrewind("restore", alone_repository, "--at", then, "--output", tmp_path / "probe", check=False).returncode:
         pass
     monkeypatch.setenv("VMREWIND_STATE_DIR", str(tmp_path / "elsewhere"))
-    with exported(alone_repository, "--at", then, "--socket", tmp_path / "own.sock") as ready:
-        assert str(tmp_path / "own.sock") in uri_of(ready)
+    own = tmp_path / "own.sock"
+    with exported(alone_repository, "--at", then, "--socket", own, ended_by=signal.SIGHUP) as ready:
+        assert str(own) in uri_of(ready) and own.exists()
         run("nbdcopy", uri_of(ready), tmp_path / "copied.raw")
     assert (tmp_path / "copied.raw").read_bytes() == content
+    assert not own.exists(), "nor when the terminal is gone"
 
 
 def test_what_cannot_be_read_is_an_error_to_the_client_and_told(tmp_path: Path) -> None:

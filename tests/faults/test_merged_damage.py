@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -15,9 +17,11 @@ from tests.history_tools import MadeHistory
 from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history import merging, stretches
 from vmrewind.history.activity import events
+from vmrewind.history.changes import changed_ranges
 from vmrewind.history.history import History
-from vmrewind.history.merged import MergedTable
+from vmrewind.history.merged import _BEGINNING, MergedTable
 from vmrewind.history.merging import merge
+from vmrewind.history.moments import format_time
 from vmrewind.history.resolve import resolve
 from vmrewind.history.sources import DamagedObject, LocalSource
 from vmrewind.history.stretches import merged_directory
@@ -26,6 +30,8 @@ from vmrewind.journal import format as fmt
 from vmrewind.journal import pool
 from vmrewind.journal.format import Op
 from vmrewind.journal.reader import Segment, segment_files
+from vmrewind.recover.bisect import Changes
+from vmrewind.recover.files.search import _stretches, touches
 from vmrewind.repository.segment import Rows
 
 K = 1024
@@ -250,6 +256,92 @@ def test_a_segment_that_is_damaged_after_its_tables_were_forgotten_gives_no_less
             source.forget()
         _, lost = damaged_between_records(made)
         check_without(made, history, lost)
+
+
+def test_whoever_reads_single_records_goes_on_without_the_lost_ones(made: MadeHistory) -> None:
+    _, lost = damaged_between_records(made)
+    first, last = made.position(2), made.position(max(made.times))
+
+    def ranges(history: History) -> None:
+        with pytest.raises(MomentError, match="damaged at offset"):
+            changed_ranges(history, "vda", last, first, K)
+        assert changed_ranges(history, "vda", made.position(4), first, K)
+
+    def bisected(history: History) -> None:
+        changes = Changes(history, history.branch(), ["vda"], first, last)
+        assert [change.position.seq for change in changes] == list(range(3, lost[0]))
+
+    def touched(history: History) -> None:
+        found = touches(history, history.branch(), "vda", (0, SIZE), (first, last))
+        assert [touch.position.seq for touch in found] == list(range(3, lost[0]))
+
+    def resolved(history: History) -> None:
+        for moment in (f"seq:{lost[0]}", format_time(made.times[lost[0]])):
+            with pytest.raises(MomentError, match="damaged at offset"):
+                resolve(history, history.branch(), moment, ["vda"])
+        assert resolve(history, history.branch(), f"seq:{lost[0] - 1}", ["vda"]).seq == lost[0] - 1
+
+    tables_before = {path: path.read_bytes() for path in tables(made)}
+    for look in (ranges, bisected, touched, resolved):
+        for path, content in tables_before.items():
+            path.write_bytes(content)
+        with made.open() as history:
+            look(history)
+
+
+def test_changes_of_a_file_end_where_records_prove_lost(made: MadeHistory) -> None:
+    """The damage is met while stretches are gone through: what came before stands."""
+    _, lost = damaged_between_records(made)
+    with made.open() as history:
+        branch = history.branch()
+        coverage = history.coverage("vda", branch)
+        assert coverage.holds_seq(0, max(made.times)), "nobody has looked yet"
+        found = list(_stretches(history, branch, "vda", (made.position(2), made.position(max(made.times)))))
+        assert [int(stretch.rows["seq"][-1]) for stretch in found] == [lost[0] - 1]
+
+
+def reshaped(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another head for a table, with its right checksum."""
+    whole = path.read_bytes()
+    magic, length, _ = _BEGINNING.unpack(whole[: _BEGINNING.size])
+    head = json.loads(whole[_BEGINNING.size : _BEGINNING.size + length])
+    replaced = change(head)
+    packed = json.dumps(head if replaced is None else replaced).encode()
+    beginning = _BEGINNING.pack(magic, len(packed), xxhash.xxh3_64_intdigest(packed))
+    path.write_bytes(beginning + packed + whole[_BEGINNING.size + length :])
+
+
+SHAPES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a list": lambda _: [1, 2],
+    "no sections": lambda head: head.update(sections=[]),
+    "no disks": lambda head: head.pop("disks") and None,
+    "short members": lambda head: head.update(segments=[[1, 2]]),
+    "members of another type": lambda head: [member.__setitem__(7, "there") for member in head["segments"]] and None,
+    "counts of others": lambda head: head["disks"][0].update(counts=[1]),
+    "no extents": lambda head: head["disks"][0].pop("extents") and None,
+    "more extents than bytes": lambda head: head["disks"][0].update(extents=1 << 20),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_table_of_another_shape_is_done_without_and_made_anew(made: MadeHistory, shape: str) -> None:
+    original = tables(made)[0].read_bytes()
+    reshaped(tables(made)[0], SHAPES[shape])
+    check(made)
+    merge(made.journal)
+    check(made)
+    merge(made.journal)
+    assert tables(made)[0].read_bytes() == original
+
+
+def test_what_cannot_be_removed_keeps_no_table_from_being_made(made: MadeHistory) -> None:
+    for path in tables(made):
+        path.unlink()
+    (merged_directory(made.journal) / "put here by hand").mkdir()
+    table = merged_directory(made.journal) / stretches.Stretch(made.run, 1, 1).name
+    table.mkdir()
+    assert len(merge(made.journal)) >= 1
+    check(made)
 
 
 def test_a_recycled_segment_takes_its_table_along(made: MadeHistory) -> None:

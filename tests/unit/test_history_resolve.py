@@ -86,6 +86,32 @@ def test_bookmarks_that_are_unknown_or_ambiguous(made: MadeHistory) -> None:
         assert [mark.name for mark in bookmarks(history, history.branch())] == ["before upgrade"] * 2
 
 
+def damaged_bookmark(made: MadeHistory) -> None:
+    with Segment(made.segment_paths()[0]) as segment:
+        batch = next(batch for batch in segment.batches() if batch.first_seq == 4)
+    with open(segment.path, "r+b") as file:
+        file.seek(batch.payload_position + 3)
+        file.write(bytes(2))
+
+
+def test_a_bookmark_that_is_damaged_here_is_had_from_the_repository(made: MadeHistory) -> None:
+    made.ship(made.run, 1, 5)
+    made.ship_runs()
+    damaged_bookmark(made)
+    with made.open() as history:
+        assert where(made, history, "@before upgrade") == 4
+
+
+def test_a_bookmark_that_cannot_be_read_is_told(made: MadeHistory) -> None:
+    made.mark("after upgrade")
+    damaged_bookmark(made)
+    with made.open() as history:
+        error = refused(made, history, "@before upgrade")
+        assert "there are: @after upgrade; a bookmark at seq 4 cannot be read: " in error.hint
+        assert "there are: @after upgrade; " in refused(made, history, "@0").hint
+        assert where(made, history, "@after upgrade") == 6
+
+
 def test_after_a_clean_stop_time_goes_on_and_the_next_run_continues(made: MadeHistory) -> None:
     end = made.stop()
     made.tick(3600)

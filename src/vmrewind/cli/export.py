@@ -41,7 +41,7 @@ def export(
     branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object once the disks are served.")] = False,
 ) -> None:
-    """Serve a VM's disks as they were at a moment over NBD, until interrupted (SIGINT, SIGTERM). Nothing is copied beforehand."""
+    """Serve a VM's disks as of a moment over NBD, until interrupted (SIGINT, SIGTERM, SIGHUP). Nothing is copied beforehand."""
     if scratch is not None and not writable:
         raise UsageError("--scratch is for --writable", "leave it out, or add --writable")
     found = open_any(vm)
@@ -53,7 +53,7 @@ def export(
         targets, position = chosen.targets, chosen.at(at)
         kind = kind_of(history, chosen.branch, at, position)
         directory = scratch or Path(tempfile.gettempdir())
-        signals = {signal.SIGINT, signal.SIGTERM}
+        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
         # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         private_directory(path.parent)

@@ -6,6 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -57,13 +58,15 @@ class Flush:
 def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
     """The events on a branch, in order."""
     for leg in branch.legs:
-        for piece, rows in _readable(history.records(leg.info.run), None, with_notes):
+        records = history.records(leg.info.run)
+        for piece, rows in history.retrying(partial(_notes, records)):
             for row in rows[rows["op"] == fmt.Op.EVENT]:
                 seq, kind = int(row["seq"]), int(row["flags"])
                 if kind not in _KINDS:
                     continue
                 try:
-                    payload = piece.source.payload(seq, int(row["position"]), int(row["length"]), int(row["xxh3"]))
+                    where = int(row["position"]), int(row["length"]), int(row["xxh3"])
+                    payload = records.payload(piece.source, None, seq, *where)
                     content = json.loads(payload)
                 except (CorruptionError, ValueError) as error:
                     content = {"unreadable": str(error)}
@@ -72,6 +75,10 @@ def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
                     position = _named(content, position)
                 if leg.cut is None or position.seq <= leg.cut:
                     yield JournalEvent(position, fmt.Event(kind), content)
+
+
+def _notes(records: RunRecords) -> list[tuple[Piece, Rows]]:
+    return list(with_notes(records.event_pieces()))
 
 
 def _named(content: dict[str, Any], own: Position) -> Position:

@@ -24,6 +24,8 @@ class Bookmark:
     name: str
     kind: str
     not_frozen: Sequence[str]
+    problem: str | None = None
+    """Why its record cannot be read: then nothing but its position is known, its record's."""
 
     @property
     def in_words(self) -> str:
@@ -44,6 +46,8 @@ def bookmarks(history: History, branch: Branch) -> list[Bookmark]:
 def as_bookmark(event: JournalEvent) -> Bookmark:
     """What a BOOKMARK record says. What cannot be read of it makes no point quiesced."""
     content = event.content
+    if "unreadable" in content:
+        return Bookmark(event.position, "", CRASH_CONSISTENT, (), content["unreadable"])
     name, not_frozen = str(content.get("name", "")), content.get("not_frozen")
     if content.get("kind") == QUIESCED and isinstance(not_frozen, list) and content.get("seq") == event.position.seq:
         return Bookmark(event.position, name, QUIESCED, [str(path) for path in not_frozen])

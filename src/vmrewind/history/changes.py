@@ -27,6 +27,10 @@ def changed_ranges(history: History, target: str, one: Position, other: Position
     The last one may end behind the disk. Raises MomentError if that is not known: where a gap that was never closed, a new base,
     or missing records lie between them.
     """
+    return history.retrying(lambda: _changed_ranges(history, target, one, other, block))
+
+
+def _changed_ranges(history: History, target: str, one: Position, other: Position, block: int) -> list[tuple[int, int]]:
     spans: list[NDArray[np.int64]] = []
     for info, first, last in _between(history, one, other):
         disk = info.disk(target)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,6 +80,15 @@ def _packed(layer: Layer) -> bytes:
     return b"".join((starts.tobytes(), layer.records.tobytes(), lengths.tobytes(), owners.tobytes()))
 
 
+@contextlib.contextmanager
+def _shaped(path: Path) -> Iterator[None]:
+    """Raise CorruptionError for a table that is whole, and not of the shape that tables have."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptionError(f"{path}: not the shape of a merged table: {type(error).__name__}: {error}") from error
+
+
 class MergedTable:
     """An open table, its head and notes verified; a layer is when it is read. All of it raises CorruptionError, naming the file."""
 
@@ -89,7 +98,8 @@ class MergedTable:
         self.usable = True
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._load()
+            with _shaped(path):
+                self._load()
         except BaseException:
             self.close()
             raise
@@ -135,8 +145,9 @@ class MergedTable:
             if segment is None or segment.header.run != self.stretch.run:
                 return False
             try:
-                if member_of(segment, member.batch_at, member.batch) != member:
-                    return False
+                with _shaped(self.path):
+                    if member_of(segment, member.batch_at, member.batch) != member:
+                        return False
             except CorruptionError:
                 return False
         return True
@@ -146,8 +157,13 @@ class MergedTable:
         if disk not in self._disks:
             nothing = (np.empty(0, np.int64), np.empty(0, np.uint32), np.empty(0, np.uint32))
             return Layer(nothing, np.empty(0, OWNER), [0] * len(self.members))
-        number, described = self._disks[disk]
+        with _shaped(self.path):
+            return self._layer(*self._disks[disk])
+
+    def _layer(self, number: int, described: dict[str, Any]) -> Layer:
         extents, records = described["extents"], described["records"]
+        if len(described["counts"]) != len(self.members) or sum(described["counts"]) != records:
+            raise ValueError(f"{records} records are not {described['counts']}")
         packed = self._section(number)
         starts = np.frombuffer(packed, np.int64, extents)
         owners_at = 8 * extents + OWNER.itemsize * records

@@ -79,7 +79,9 @@ def _remove_leftovers(journal: Path) -> None:
     kept = {stretch.name for stretch in live(stretches, segment_files(journal)) if _fits(journal, stretch)}
     for path in merged_directory(journal).iterdir():
         if path.name not in kept:
-            path.unlink(missing_ok=True)
+            # What cannot be removed is no reason to make none.
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _fits(journal: Path, stretch: Stretch) -> bool:
@@ -87,7 +89,7 @@ def _fits(journal: Path, stretch: Stretch) -> bool:
         segments = {number: _opened(opened, journal, stretch.run, number) for number in stretch.numbers}
         try:
             table = opened.enter_context(contextlib.closing(MergedTable(merged_directory(journal) / stretch.name, stretch)))
-        except (FileNotFoundError, CorruptionError):
+        except (OSError, CorruptionError):
             return False
         return table.fits({number: segment for number, segment in segments.items() if segment is not None})
 

@@ -23,6 +23,7 @@ from vmrewind.repository.segment import Rows
 
 _READERS: Final = 8
 _READ_AHEAD: Final = 32
+_PAYLOAD_OPS: Final = [int(op) for op in fmt.PAYLOAD_OPS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,24 +253,26 @@ class RunRecords:
     def _within(self, disk: int, first: int, last: int) -> list[Piece]:
         return [piece for piece in self.pieces(disk) if piece.last >= first and piece.first <= last]
 
-    def payload(self, source: Source, disk: int, seq: int | None, position: int, length: int, xxh3: int) -> bytes:
+    def payload(self, source: Source, disk: int | None, seq: int | None, position: int, length: int, xxh3: int) -> bytes:
         """A record's verified payload: from ``source`` or, if it is damaged there, from any other that has the record.
 
-        Who does not know its seq gives None; then it is looked up for the error.
+        Who does not know its seq gives None; then it is looked up for the error. ``disk`` is None for the whole VM's: any source
+        has those.
         """
         try:
             return source.payload(seq or 0, position, length, xxh3)
         except CorruptionError:
             first, last = (seq, seq) if seq is not None else (source.first, source.last)
             for other in self.shipped:
-                if other is source or not (other.first <= last and first <= other.last and other.mask >> disk & 1):
+                has_disk = disk is None or other.mask >> disk & 1
+                if other is source or not (other.first <= last and first <= other.last and has_disk):
                     continue
                 try:
                     rows = other.rows(max(first, other.first), min(last, other.last))
                 except DamagedObject as damaged:
                     self.leave_out(damaged)
                     continue
-                for row in rows[(rows["xxh3"] == np.uint64(xxh3)) & (rows["length"] == length) & (rows["op"] == fmt.Op.WRITE)]:
+                for row in rows[(rows["xxh3"] == np.uint64(xxh3)) & (rows["length"] == length) & np.isin(rows["op"], _PAYLOAD_OPS)]:
                     return other.payload(int(row["seq"]), int(row["position"]), length, xxh3)
             try:
                 rows = source.rows(first, last)

@@ -23,8 +23,12 @@ def resolve(history: History, branch: Branch, text: str, targets: Sequence[str],
     outside coverage; the hint says what is possible instead.
     """
     current_ns = history.opened_ns if at_ns is None else at_ns
-    resolver = _Resolver(history, branch, targets, current_ns)
-    return resolver.resolve(parse_moment(text, current_ns, resolver.ago), text)
+
+    def resolved() -> Position:
+        resolver = _Resolver(history, branch, targets, current_ns)
+        return resolver.resolve(parse_moment(text, current_ns, resolver.ago), text)
+
+    return history.retrying(resolved)
 
 
 class _Resolver:
@@ -102,12 +106,15 @@ class _Resolver:
         return self._checked(Position(info.run, seq, time_ns), text)
 
     def _at_bookmark(self, name: str) -> Position:
-        every = bookmarks(self._history, self._branch)
+        marks = bookmarks(self._history, self._branch)
+        every = [mark for mark in marks if mark.problem is None]
         found = [mark.position for mark in every if mark.name == name]
         if not found:
             similar = difflib.get_close_matches(name, [mark.name for mark in every], n=3, cutoff=0.4)
             names = ", ".join(f"@{known}" for known in similar or sorted({mark.name for mark in every})[:10])
-            raise MomentError(f"there is no bookmark {name!r} on this branch", f"there are: {names}" if names else self._branches())
+            hints = [f"there are: {names}" if names else self._branches()]
+            hints += [f"a bookmark at seq {mark.position.seq} cannot be read: {mark.problem}" for mark in marks if mark.problem]
+            raise MomentError(f"there is no bookmark {name!r} on this branch", "; ".join(hints))
         if len(found) > 1:
             choices = " and ".join(f"{format_time(p.time_ns)} (seq:{p.seq})" for p in found)
             raise MomentError(f"bookmark {name!r} was set more than once: {choices}", "choose one by its seq:N")

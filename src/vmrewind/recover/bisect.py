@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -14,9 +15,12 @@ from vmrewind.errors import UsageError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
 from vmrewind.history.index import effective
+from vmrewind.history.records import RunRecords
+from vmrewind.history.rows import ROW
 from vmrewind.history.stretches import VOID_DISTANCE_MAX
 from vmrewind.journal import format as fmt
 from vmrewind.journal.runs import Position
+from vmrewind.repository.segment import Rows
 
 _CANDIDATE: Final = np.dtype(
     [("seq", "u8"), ("time_ns", "u8"), ("leg", "u4"), ("disk", "u2"), ("op", "u1"), ("offset", "u8"), ("length", "u8")]
@@ -85,10 +89,8 @@ def _records(history: History, branch: Branch, number: int, target: str, one: Po
         first = max(one.seq + 1, leg.info.first_seq)
         if disk is None or first > last:
             continue
-        pieces = [rows for _, rows in history.records(leg.info.run).select(disk.index, first, last + VOID_DISTANCE_MAX)]
-        if not pieces:
-            continue
-        rows = np.concatenate(pieces)
+        # What is lost of them, their coverage tells.
+        rows = history.retrying(partial(_rows, history.records(leg.info.run), disk.index, first, last + VOID_DISTANCE_MAX))
         rows = rows[effective(rows, disk.index, last)]
         candidates = np.empty(len(rows), _CANDIDATE)
         candidates["leg"], candidates["disk"] = at, number
@@ -96,6 +98,10 @@ def _records(history: History, branch: Branch, number: int, target: str, one: Po
             candidates[name] = rows[name]
         found.append(candidates)
     return found
+
+
+def _rows(records: RunRecords, disk: int, first: int, last: int) -> Rows:
+    return np.concatenate([np.empty(0, ROW), *(rows for _, rows in records.select(disk, first, last))])
 
 
 def _covered(history: History, branch: Branch, targets: Sequence[str], rows: NDArray[np.void]) -> NDArray[np.bool_]:

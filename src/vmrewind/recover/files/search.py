@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -238,6 +239,18 @@ def _stretches(history: History, branch: Branch, target: str, between: Between) 
     begin, end = (branch.leg(first.run), first.seq), (branch.leg(last.run), last.seq)
     if begin > end:
         raise MomentError("the second moment is before the first", "exchange them")
+    at: tuple[int, int] | None = None
+    while (found := history.retrying(partial(_following, history, branch, target, between, at))) is not None:
+        at, stretch = found
+        yield stretch
+
+
+def _following(
+    history: History, branch: Branch, target: str, between: Between, after: tuple[int, int] | None
+) -> tuple[tuple[int, int], _Stretch] | None:
+    """The first stretch behind (leg, seq), and where it ends. Coverage is asked each time: it may have got less meanwhile."""
+    first, last = between
+    begin, end = (branch.leg(first.run), first.seq), (branch.leg(last.run), last.seq)
     coverage = history.coverage(target, branch)
     starts = {(interval.first.run, interval.first.seq) for interval in coverage.intervals}
     for leg, low, high in coverage.stretches:
@@ -245,7 +258,7 @@ def _stretches(history: History, branch: Branch, target: str, between: Between) 
         disk = info.disk(target)
         low = max(low, first.seq) if leg == begin[0] else low
         high = min(high, last.seq) if leg == end[0] else high
-        if disk is None or not begin[0] <= leg <= end[0] or low > high:
+        if disk is None or not begin[0] <= leg <= end[0] or low > high or (after is not None and (leg, low) <= after):
             continue
         records = history.records(info.run)
         row = records.row_at(disk.index, low)
@@ -255,4 +268,6 @@ def _stretches(history: History, branch: Branch, target: str, between: Between) 
         numbers = np.repeat(np.arange(len(pieces)), [len(rows) for _, rows in pieces])
         counts = effective(rows, disk.index, high)
         follows = (info.run, low) not in starts and (leg, low) != begin
-        yield _Stretch(disk, records, start, rows[counts], numbers[counts], [source for source, _ in pieces], follows)
+        sources = [source for source, _ in pieces]
+        return (leg, high), _Stretch(disk, records, start, rows[counts], numbers[counts], sources, follows)
+    return None
