@@ -11,23 +11,26 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.image import Image
 from vmrewind.errors import CorruptionError, ImageError, StartError, VmrewindError, VmStateError
-from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State
+from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, begun_base
 from vmrewind.journal.events import EventLog
-from vmrewind.journal.runs import ImageIdentity, write_durably
+from vmrewind.journal.runs import DiskInfo, ImageIdentity, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.repository.base import make_base, make_begun_base
 from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.repository import Repository, VmRepository
+from vmrewind.start import interrupted
 from vmrewind.vmconfig.model import VmConfig
 
 _NICENESS: Final = 10
+_LITTLE: Final = 256 << 20
+"""Bytes that a base's last seconds bring."""
 _PR_SET_PDEATHSIG: Final = 1
 
 Progress = Callable[[str, int, int, int], None]
@@ -147,6 +150,12 @@ def complete(paths: VmPaths, repository: VmRepository, image: Path, begun: CopyB
     return manifest
 
 
+def little_left(journal: Path, disks: Sequence[DiskInfo]) -> bool:
+    """Whether the bases that are being made of these disks lack so little that a VM's stop should wait for them."""
+    begun = [(disk.size, begun_base(journal, disk.target)) for disk in disks]
+    return sum(size * (1 - base[1]) for size, base in begun if base is not None) <= _LITTLE
+
+
 def main() -> int:
     """Make the bases that were begun of the disks named; returns the exit code."""
     parser = argparse.ArgumentParser(prog="vmrewind.start.bases")
@@ -175,19 +184,23 @@ def main() -> int:
                 began = time.monotonic()
                 sent_bytes = 0
 
-                def note(_disk: str, _done: int, _total: int, sent: int) -> None:
+                def note(disk: str, _done: int, _total: int, sent: int) -> None:
                     nonlocal sent_bytes
+                    if sent and not sent_bytes:
+                        interrupted.clear(paths, disk)
                     sent_bytes = sent
 
                 manifest = complete(paths, Repository.open(given.repository).vm(given.vm), images[target], begun, note)
+                interrupted.clear(paths, target)
                 seconds = round(time.monotonic() - began, 3)
                 events.write(
                     "base.made", disk=target, base=manifest.id, bytes=manifest.size, sent_bytes=sent_bytes, seconds=seconds
                 )
-            except VmrewindError as error:
+            except (VmrewindError, OSError) as error:
                 if begun.state is not State.FAILED:
-                    code = error.exit_code
-                    events.write("base.interrupted", disk=target, error=str(error), hint=error.hint)
+                    code, hint = (error.exit_code, error.hint) if isinstance(error, VmrewindError) else (ImageError.exit_code, "")
+                    events.write("base.interrupted", disk=target, error=str(error), hint=hint)
+                    interrupted.note(paths, target, begun.base.id, f"{error} ({hint})" if hint else str(error))
                 sys.stderr.write(f"base: {given.vm}: {error}\n")
     return code
 

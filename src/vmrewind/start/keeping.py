@@ -24,7 +24,7 @@ from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.ship.meter import unsent
-from vmrewind.start.bases import Progress
+from vmrewind.start.bases import Progress, little_left
 from vmrewind.start.children import CLEAN, Errand, ShipChild, listen
 from vmrewind.start.fallback import begun
 from vmrewind.start.keeper_control import KeeperControl
@@ -385,10 +385,12 @@ class Keeper:
         """What is not made by now goes on with the next start: nobody writes to the images but who keeps what it needs."""
         if self._making_bases is None:
             return
-        await asyncio.wait([self._making_bases], timeout=_BASES_STOP_SECONDS)
+        disks = self._plan.info.disks if self._plan is not None else []
+        if little_left(self.storage.journal, disks):
+            await asyncio.wait([self._making_bases], timeout=_BASES_STOP_SECONDS)
         self._making_bases.cancel()
         await asyncio.gather(self._making_bases, return_exceptions=True)
-        targets = [disk.target for disk in self._plan.info.disks] if self._plan is not None else []
+        targets = [disk.target for disk in disks]
         found = {target: begun_base(self.storage.journal, target) for target in targets}
         self._unmade = {target: base[1] for target, base in found.items() if base is not None}
 

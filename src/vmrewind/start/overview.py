@@ -19,6 +19,7 @@ from vmrewind.paths import state_root
 from vmrewind.ship.meter import unsent
 from vmrewind.ship.status import baseless_words
 from vmrewind.ship.status import status as ship_status
+from vmrewind.start import interrupted
 from vmrewind.start.control import instruct
 from vmrewind.start.processes import ROLES, Process, running
 from vmrewind.start.resolve import VmHandle
@@ -129,6 +130,11 @@ def _ask_bases(handle: VmHandle, result: dict[str, Any]) -> None:
         with begun:
             if begun.state is State.MAKING:
                 disk["base_being_made"] = {"id": begun.base.id, "since_ns": begun.base.time_ns, "share": begun.taken_share}
+                if (why := interrupted.read(handle.paths, target, begun.base.id)) is not None:
+                    result["problems"].append(
+                        f"{target}: base {begun.base.id} could not be made yet, nothing that needs it can be restored; "
+                        f"the last try: {why}"
+                    )
             elif begun.state is State.FAILED:
                 result["problems"].append(
                     f"{target}: base {begun.base.id} was given up, nothing that needs it can be restored: {begun.reason}; "
