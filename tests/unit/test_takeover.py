@@ -26,6 +26,7 @@ from vmrewind.recover.findings import Finding, Kind
 from vmrewind.recover.relocation import Relocation, journal_here
 from vmrewind.recover.takeover import TakenOver, take_over
 from vmrewind.recover.verify import verify
+from vmrewind.start import saved_state
 from vmrewind.start.continuity import goes_on
 from vmrewind.start.images import refuse_half_taken_over
 from vmrewind.vmconfig.toml import load_toml
@@ -144,6 +145,20 @@ def test_another_vm_of_that_name_on_this_host_is_refused(made: MadeHistory, tmp_
     paths.identity.write_text(json.dumps({"name": VM, "uuid": "another"}))
     with pytest.raises(VmStateError, match="another VM of that name"):
         taken(made, tmp_path / "b")
+
+
+def test_a_saved_memory_of_the_vm_on_this_host_is_given_up_first(
+    made: MadeHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_state, "SAVED_STATES", tmp_path)
+    VmPaths(VM).state.mkdir(parents=True)
+    (VmPaths(VM).state / "domain.xml").touch()
+    saved = tmp_path / f"{VM}.save"
+    saved.touch()
+    with pytest.raises(VmStateError, match="memory is saved"):
+        taken(made, tmp_path / "images")
+    saved.unlink()
+    check(made, taken(made, tmp_path / "images"), 4)
 
 
 def test_a_restore_in_place_that_did_not_end_is_ended_first(made: MadeHistory, tmp_path: Path) -> None:

@@ -92,8 +92,9 @@ def words(paths: VmPaths) -> list[str]:
 
 def unfit(paths: VmPaths) -> str:
     """Why the saved state that is there does not fit the disks; empty if there is none, or nothing tells so. Raises StartError."""
-    note = _read(paths)
-    return note.unfit if note is not None and note.unfit and (note.bytes, note.end) == _found(paths.name) else ""
+    found = _found(paths.name)
+    note = _read(paths) if found is not None else None
+    return note.unfit if note is not None and (note.bytes, note.end) == found else ""
 
 
 def _path(name: str) -> Path:
