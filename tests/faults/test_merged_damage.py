@@ -16,7 +16,7 @@ import xxhash
 from tests.history_tools import MadeHistory
 from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history import merging, stretches
-from vmrewind.history.activity import events
+from vmrewind.history.activity import events, flushes_before, writes
 from vmrewind.history.changes import changed_ranges
 from vmrewind.history.history import History
 from vmrewind.history.merged import _BEGINNING, MergedTable
@@ -281,8 +281,15 @@ def test_whoever_reads_single_records_goes_on_without_the_lost_ones(made: MadeHi
                 resolve(history, history.branch(), moment, ["vda"])
         assert resolve(history, history.branch(), f"seq:{lost[0] - 1}", ["vda"]).seq == lost[0] - 1
 
+    def written(history: History) -> None:
+        found = writes(history, history.branch(), made.times[1], last.time_ns, 3)
+        assert int(found.operations.sum()) == len([seq for seq in made.times if seq > 1 and seq not in lost])
+
+    def flushed(history: History) -> None:
+        assert flushes_before(history, history.branch(), last, 3) == []
+
     tables_before = {path: path.read_bytes() for path in tables(made)}
-    for look in (ranges, bisected, touched, resolved):
+    for look in (ranges, bisected, touched, resolved, written, flushed):
         for path, content in tables_before.items():
             path.write_bytes(content)
         with made.open() as history:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -17,9 +17,8 @@ from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
 from vmrewind.history.records import Piece, RunRecords, with_notes, with_rows
 from vmrewind.history.rows import between
-from vmrewind.history.sources import DamagedObject
 from vmrewind.journal import format as fmt
-from vmrewind.journal.runs import Position
+from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.repository.segment import Rows
 
 _KINDS: Final = frozenset(int(kind) for kind in fmt.Event)
@@ -97,15 +96,25 @@ def writes(history: History, branch: Branch, since_ns: int, until_ns: int, bucke
     for leg in branch.legs:
         records = history.records(leg.info.run)
         for disk in leg.info.disks:
-            for _, every in _readable(records, disk.index):
-                rows = _on_branch(every, leg.cut)
-                rows = rows[rows["disk"] == disk.index]
-                at = np.searchsorted(edges, rows["time_ns"].astype(np.int64), side="right") - 1
-                inside = (at >= 0) & (at < buckets)
-                written = inside & (rows["op"] == fmt.Op.WRITE)
-                total_operations += np.bincount(at[written], minlength=buckets)
-                total_bytes += np.bincount(at[written], rows["length"][written], buckets).astype(np.int64)
-                flushes += np.bincount(at[inside & (rows["op"] == fmt.Op.FLUSH)], minlength=buckets)
+            found = history.retrying(partial(_writes_of_disk, records, disk.index, leg.cut, edges))
+            total_bytes += found.bytes
+            total_operations += found.operations
+            flushes += found.flushes
+    return Writes(edges, total_bytes, total_operations, flushes)
+
+
+def _writes_of_disk(records: RunRecords, disk: int, cut: int | None, edges: NDArray[np.int64]) -> Writes:
+    buckets = len(edges) - 1
+    total_bytes, total_operations, flushes = (np.zeros(buckets, np.int64) for _ in range(3))
+    for _, every in with_rows(records.pieces(disk)):
+        rows = _on_branch(every, cut)
+        rows = rows[rows["disk"] == disk]
+        at = np.searchsorted(edges, rows["time_ns"].astype(np.int64), side="right") - 1
+        inside = (at >= 0) & (at < buckets)
+        written = inside & (rows["op"] == fmt.Op.WRITE)
+        total_operations += np.bincount(at[written], minlength=buckets)
+        total_bytes += np.bincount(at[written], rows["length"][written], buckets).astype(np.int64)
+        flushes += np.bincount(at[inside & (rows["op"] == fmt.Op.FLUSH)], minlength=buckets)
     return Writes(edges, total_bytes, total_operations, flushes)
 
 
@@ -117,32 +126,20 @@ def flushes_before(history: History, branch: Branch, until: Position, count: int
         in_leg: list[Flush] = []
         cut = until.seq if leg.info.run == until.run else leg.cut
         for disk in leg.info.disks:
-            of_disk: deque[Flush] = deque(maxlen=count)
-            for _, every in _readable(history.records(leg.info.run), disk.index):
-                rows = _on_branch(every, cut)
-                rows = rows[(rows["op"] == fmt.Op.FLUSH) & (rows["disk"] == disk.index)][-count:]
-                at = (Position(leg.info.run, int(row["seq"]), int(row["time_ns"])) for row in rows)
-                of_disk.extend(Flush(position, disk.target) for position in at)
-            in_leg += of_disk
+            in_leg += history.retrying(partial(_last_flushes, history.records(leg.info.run), disk, cut, count))
         found = [*sorted(in_leg, key=lambda flush: flush.position.seq), *found][-count:]
         if len(found) == count:
             break
     return found
 
 
-def _readable(
-    records: RunRecords, disk: int | None, read: Callable[[Sequence[Piece]], Iterator[tuple[Piece, Rows]]] = with_rows
-) -> Iterator[tuple[Piece, Rows]]:
-    """The pieces of a disk (None: of the whole VM) with what is ``read`` of them, doing without damaged objects."""
-    while True:
-        pieces = records.event_pieces() if disk is None else records.pieces(disk)
-        try:
-            # Once through, to find out; most tables stay in the cache for the second time.
-            deque(read(pieces), maxlen=0)
-        except DamagedObject as error:
-            records.leave_out(error)
-            continue
-        return read(pieces)
+def _last_flushes(records: RunRecords, disk: DiskInfo, cut: int | None, count: int) -> deque[Flush]:
+    found: deque[Flush] = deque(maxlen=count)
+    for _, every in with_rows(records.pieces(disk.index)):
+        rows = _on_branch(every, cut)
+        rows = rows[(rows["op"] == fmt.Op.FLUSH) & (rows["disk"] == disk.index)][-count:]
+        found.extend(Flush(Position(records.run, int(row["seq"]), int(row["time_ns"])), disk.target) for row in rows)
+    return found
 
 
 def _on_branch(rows: Rows, cut: int | None) -> Rows:
