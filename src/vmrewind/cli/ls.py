@@ -39,6 +39,10 @@ _TYPES: Final = {
     "socket": stat.S_IFSOCK,
 }
 
+_YEAR_2: Final = -62_104_060_800
+_YEAR_9999: Final = 253_370_764_800
+"""Seconds since 1970: what can be shown as a date in any time zone lies between them."""
+
 
 def ls(
     vm: VmDisk,
@@ -89,5 +93,6 @@ def _line(entry: Entry) -> str:
     end = f" -> {shown(entry.target)}" if entry.kind == "symlink" else ""
     if entry.problem:
         end += f" ({entry.problem})"
-    time = format_time(entry.mtime_ns // 10**9 * 10**9) if 0 <= entry.mtime_ns < 253_370_764_800 * 10**9 else str(entry.mtime_ns)
+    seconds = entry.mtime_ns // 10**9
+    time = format_time(seconds * 10**9) if _YEAR_2 <= seconds < _YEAR_9999 else str(entry.mtime_ns)
     return f"{mode} {entry.links:>3} {entry.uid:>6} {entry.gid:>6} {entry.size:>12} {time} {shown(entry.name)}{end}"

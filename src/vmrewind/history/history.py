@@ -82,6 +82,7 @@ class History:
             grouped[file.run][2].append(file)
         self._records = {run: RunRecords(run, *grouped[run]) for run in {*grouped, *runs}}
         self._repository_bases: dict[str, frozenset[str]] = {}
+        self._local_manifests: dict[tuple[str, str], Manifest] = {}
 
     @classmethod
     def open(
@@ -315,12 +316,18 @@ class History:
         """The copy that was kept here; a damaged one, or another's, is none, as the repository has the original."""
         if self._bases is None:
             return None
+        if (known := self._local_manifests.get((target, base_id))) is not None:
+            return known
         path = self._bases / target / f"{base_id}.json"
         try:
             manifest = Manifest.from_json(path.read_bytes(), str(path))
         except (FileNotFoundError, CorruptionError):
             return None
-        return manifest if (manifest.disk, manifest.id) == (target, base_id) else None
+        if (manifest.disk, manifest.id) != (target, base_id):
+            return None
+        # Of a large disk it takes 0.1 s to parse and check, and several ask for it.
+        self._local_manifests[target, base_id] = manifest
+        return manifest
 
     def _known_bases(self, target: str) -> frozenset[str]:
         if target not in self._repository_bases:
