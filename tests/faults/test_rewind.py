@@ -302,7 +302,7 @@ def test_killed_at_random_instants_completed_and_undone(
     complete(0)
     with alone.serving() as ready:
         alone.write(ready, 9, offset=3 * MIB)
-        for process in ("keeper", "capture"):
+        for process in ("keeper", "capture", "ship"):
             os.kill(alone.status()["processes"][process]["pid"], signal.SIGKILL)
     assert len(_runs(alone)) == 2
     complete(1)
