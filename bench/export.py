@@ -25,22 +25,10 @@ from cyclopts import Parameter
 
 from bench.machine import describe, one_line
 from bench.rewind import fio, served
-from guests.protected import VMREWIND, vmrewind
+from guests.protected import vmrewind
 
 _MIB: Final = 1 << 20
 _KINDS: Final = {"base": None, "journal, 64 KiB writes": "64k", "journal, 4 KiB random writes": "4k"}
-
-
-@contextmanager
-def _exported(config: Path) -> Iterator[str]:
-    process = subprocess.Popen([VMREWIND, "export", config, "--at", "latest", "--json"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None, "it was asked for"
-    try:
-        yield str(json.loads(process.stdout.readline())["disks"]["vda"]["uri"])
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
 
 
 @contextmanager
@@ -85,7 +73,7 @@ def _made(directory: Path, kind: str | None, size: int) -> tuple[Path, Path]:
     )
     if kind is None:
         fio(["--ioengine=psync", f"--filename={image}"], size, size, "1m", "write")
-    with served(config) as uri:
+    with served("capture", config) as uri:
         if kind is not None:
             fio(["--ioengine=nbd", f"--uri={uri}"], size, size, kind, "write" if kind == "64k" else "randwrite")
     return config, image
@@ -106,7 +94,10 @@ def measure(directory: Path, size: int, rounds: int, seconds: float) -> dict[str
     for number, (kind, block) in enumerate(_KINDS.items()):
         config, image = _made(directory / str(number), block, size)
         found[kind] = {load: ([], []) for load in loads}
-        with _exported(config) as ours, _nbdkit(image, Path(os.environ["VMREWIND_RUNTIME_DIR"]) / "nbdkit.sock") as theirs:
+        with (
+            served("export", config, "--at", "latest", "--json") as ours,
+            _nbdkit(image, Path(os.environ["VMREWIND_RUNTIME_DIR"]) / "nbdkit.sock") as theirs,
+        ):
             for _ in range(rounds):
                 for load, run in loads.items():
                     for uri, into in zip((ours, theirs), found[kind][load], strict=True):

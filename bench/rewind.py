@@ -31,9 +31,9 @@ _GIB = 1 << 30
 
 
 @contextmanager
-def served(config: Path) -> Iterator[str]:
-    """Capture runs; yields the disk's URI."""
-    process = subprocess.Popen([VMREWIND, "capture", config], stdout=subprocess.PIPE, text=True)
+def served(*command: str | Path) -> Iterator[str]:
+    """A command of vmrewind's that serves the disk until it is ended; yields its URI."""
+    process = subprocess.Popen([VMREWIND, *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None, "it was asked for"
     try:
         yield str(json.loads(process.stdout.readline())["disks"]["vda"]["uri"])
@@ -91,7 +91,7 @@ def measure(directory: Path, size: int, filled: int, written: int, rounds: int, 
     )
     fio(["--ioengine=psync", f"--filename={image}"], size, filled, "1m")
     _copy(image, before)
-    with served(config) as uri:
+    with served("capture", config) as uri:
         then = datetime.now(UTC).isoformat()
         fio(["--ioengine=nbd", f"--uri={uri}"], size, written, "4k")
     _copy(image, after)

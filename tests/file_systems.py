@@ -146,3 +146,14 @@ def _lvm_id(number: int) -> str:
 
 def _lvm_crc(data: bytes) -> int:
     return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
+
+
+class Held:
+    """Bytes as a disk that files are looked for in."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.size = len(content)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.content[offset : offset + length]

@@ -29,7 +29,7 @@ from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
 from vmrewind.journal import pool
 from vmrewind.journal.format import Op
-from vmrewind.journal.reader import Segment, segment_files
+from vmrewind.journal.reader import Batch, Segment, segment_files
 from vmrewind.recover.bisect import Changes
 from vmrewind.recover.files.search import _stretches, touches
 from vmrewind.repository.segment import Rows
@@ -155,11 +155,17 @@ def test_a_table_of_a_segment_that_was_cut_and_written_on_is_not_used(made: Made
     check(made)
 
 
-def test_a_segment_that_is_damaged_since_its_table_was_made_costs_no_moment_that_the_table_knows(made: MadeHistory) -> None:
+def damaged_in_its_second_batch(made: MadeHistory) -> list[Batch]:
+    """The third segment's batches, as they were before its second one was damaged."""
     path = made.segment_paths()[2]
     with Segment(path) as segment:
         batches = list(segment.batches())
     flip(path, batches[1].position + 20)
+    return batches
+
+
+def test_a_segment_that_is_damaged_since_its_table_was_made_costs_no_moment_that_the_table_knows(made: MadeHistory) -> None:
+    batches = damaged_in_its_second_batch(made)
     states = made.disk("vda").states
     with made.open() as history:
         after = View.open(history, "vda", made.position(max(made.times)))
@@ -184,10 +190,7 @@ def test_what_the_repository_has_stands_in_for_a_segment_damaged_since(made: Mad
 
 
 def test_whoever_reads_single_records_is_told_of_a_segment_damaged_since(made: MadeHistory) -> None:
-    path = made.segment_paths()[2]
-    with Segment(path) as segment:
-        batches = list(segment.batches())
-    flip(path, batches[1].position + 20)
+    damaged_in_its_second_batch(made)
     read: list[Rows] = []
     with made.open() as history, pytest.raises(DamagedObject, match="damaged at offset"):
         read += [rows for _, rows in history.records(made.run).select(0, 1, max(made.times))]

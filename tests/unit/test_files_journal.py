@@ -10,22 +10,10 @@ from pathlib import Path
 import pytest
 
 from guests.images import raw_image, tool
-from tests.file_systems import MIB, run
+from tests.file_systems import MIB, Held, run
 from vmrewind.errors import FileError
 from vmrewind.recover.files.blocks import Over
 from vmrewind.recover.files.ext_journal import crc32c, pending, replayed
-
-
-class Held:
-    """Bytes as Blocks."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.size = len(content)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self.content[offset : offset + length]
-
 
 FEATURES = {
     "metadata_csum": ("ext4", "^fast_commit", 4096),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import file_systems as fs
+from tests.file_systems import Held
 from tests.history_tools import MadeHistory
 from vmrewind.errors import FileError
 from vmrewind.recover.files.client import ImageOf, Reader
@@ -31,17 +32,6 @@ TIMES_S = {
     "2446": 15032385000,
 }
 XFS_HEADER = struct.Struct(">4sII4s16sQQQ")
-
-
-class Held:
-    """Bytes as an image."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.size = len(content)
-
-    def read(self, offset: int, length: int) -> bytes:
-        return self.content[offset : offset + length]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from vmrewind.journal.runs import Position
 from vmrewind.recover.drill_machine import DrillMachine, machine_of
 from vmrewind.recover.restore import Progress, RestoredDisk, restore
 from vmrewind.start.environment import without_credentials
+from vmrewind.start.signals import uninterrupted
 
 _SPARE_BYTES: Final = 256 << 20
 """What the guest may write while it boots, besides a tenth of what was restored."""
@@ -111,19 +112,8 @@ def _scratch(parent: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             shutil.rmtree(directory)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """What clears up is not to be stopped half way by a second signal."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check_space(history: History, targets: Sequence[str], position: Position, directory: Path) -> None:
@@ -161,7 +151,7 @@ def boot_until(command_with: Callable[[int], list[str]], until: str | None, seco
         try:
             passed, outcome, console = _watch(process, ours, until, seconds)
         finally:
-            with _uninterrupted():
+            with uninterrupted():
                 process.kill()
                 process.wait()
                 if process.stdout is not None:

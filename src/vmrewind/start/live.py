@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import re
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vmrewind.start.libvirt import Domain, Libvirt, qemu_owner
 from vmrewind.start.live_checks import check_history, check_space, rehearse, storage_of, words_of, write_rate
 from vmrewind.start.places import make_places
 from vmrewind.start.processes import running
+from vmrewind.start.signals import uninterrupted
 from vmrewind.vmconfig.domain import parse_domain
 from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.rewrite import Rewritten, protect_domain
@@ -131,20 +131,8 @@ def claimed(name: str) -> Iterator[None]:
 def go(prepared: Prepared) -> Protected:
     """Save the domain, swap its disks, start it. Raises why that failed; the domain is then as it was, or the hint says how to
     get there."""
-    with _uninterrupted():
+    with uninterrupted():
         return _Switch(prepared).go()
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C and a closed terminal come too late for what happens in here: it ends with its report."""
-    # ignored, and not masked: a mask would be this thread's alone
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Switch:
