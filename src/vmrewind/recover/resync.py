@@ -10,7 +10,6 @@ A block that the guest writes meanwhile is journaled by that write; comparing it
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -30,8 +29,8 @@ from vmrewind.recover.blocks import differing_runs
 from vmrewind.repository.chunks import CHUNK_SIZE
 from vmrewind.repository.repository import Repository
 from vmrewind.start.control import instruct
+from vmrewind.start.errand import parser, yield_to_the_guest
 
-_NICENESS: Final = 10
 _RANGES: Final = 512
 _ZEROES: Final = bytes(CHUNK_SIZE)
 _PATIENCE_SECONDS: Final = 60
@@ -40,21 +39,16 @@ _PATIENCE_SECONDS: Final = 60
 
 def main() -> int:
     """Resync the disks of a run that are named; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="vmrewind.recover.resync")
-    parser.add_argument("--vm", required=True)
-    parser.add_argument("--journal", type=Path, required=True)
-    parser.add_argument("--repository", required=True)
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--bytes-max", type=int, required=True, help="give up if more than this differs")
-    parser.add_argument("disks", nargs="+")
-    given = parser.parse_args()
-    os.nice(_NICENESS)
+    arguments = parser("vmrewind.recover.resync")
+    arguments.add_argument("--bytes-max", type=int, required=True, help="give up if more than this differs")
+    given = arguments.parse_args()
+    yield_to_the_guest()
     paths = VmPaths(given.vm)
-    events = EventLog(paths.events(int(given.run, 16)))
+    events = EventLog(paths.events(given.run))
     try:
         repository = Repository.open(given.repository).vm(given.vm)
         with History.open(given.vm, given.journal, repository, bases=paths.bases) as history:
-            info = history.runs[int(given.run, 16)]
+            info = history.runs[given.run]
             for target in given.disks:
                 resync(history, info, target, given.journal, paths, events, given.bytes_max)
     except VmrewindError as error:

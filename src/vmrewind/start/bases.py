@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import signal
@@ -26,9 +25,9 @@ from vmrewind.repository.base import make_base, make_begun_base
 from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.start import interrupted
+from vmrewind.start.errand import parser, yield_to_the_guest
 from vmrewind.vmconfig.model import VmConfig
 
-_NICENESS: Final = 10
 _LITTLE: Final = 256 << 20
 """Bytes that a base's last seconds bring."""
 _PR_SET_PDEATHSIG: Final = 1
@@ -158,21 +157,16 @@ def little_left(journal: Path, disks: Sequence[DiskInfo]) -> bool:
 
 def main() -> int:
     """Make the bases that were begun of the disks named; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="vmrewind.start.bases")
-    parser.add_argument("--vm", required=True)
-    parser.add_argument("--journal", type=Path, required=True)
-    parser.add_argument("--repository", required=True)
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--keeper", type=int, required=True, help="the process to end with")
-    parser.add_argument("disks", nargs="+")
-    given = parser.parse_args()
+    arguments = parser("vmrewind.start.bases")
+    arguments.add_argument("--keeper", type=int, required=True, help="the process to end with")
+    given = arguments.parse_args()
     # Without a keeper nobody sees to it that all who write to the images keep what the base needs.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != given.keeper:
         return StartError.exit_code
-    os.nice(_NICENESS)
+    yield_to_the_guest()
     paths = VmPaths(given.vm)
-    events = EventLog(paths.events(int(given.run, 16)))
+    events = EventLog(paths.events(given.run))
     images = {disk.target: Path(disk.image) for disk in VmConfig.load_saved(paths.config).protection.disk}
     code = 0
     for target in given.disks:

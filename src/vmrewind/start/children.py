@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -105,7 +105,7 @@ class CaptureChild:
         command += ["--local-history", str(local_history)] if local_history is not None else []
         command += ["--standby"] if standby else []
         environment = without_credentials(os.environ)
-        process = await _spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit, environment=environment)
+        process = await spawn(paths, command, stdin=PIPE, stdout=PIPE, inherit=inherit, environment=environment)
         child = cls(process, paths.log, journal_size, standby=standby)
         try:
             if standby:
@@ -137,7 +137,7 @@ class CaptureChild:
                 message = await self._read()
                 if message is None:
                     code = await self._process.wait()
-                    raise StartError(f"the capture process ended ({_ending(code)}) before it was {event}", hint)
+                    raise StartError(f"the capture process ended ({ending_words(code)}) before it was {event}", hint)
                 if message["event"] == "error":
                     await self._process.wait()
                     raise by_kind(message["kind"], message["message"], message["hint"])
@@ -177,7 +177,7 @@ class CaptureChild:
 
     async def wait(self) -> str:
         """Wait for its end; returns how it ended, in words."""
-        return _ending(await self._process.wait())
+        return ending_words(await self._process.wait())
 
     async def hand_over(self) -> float:
         """Have it end and leave the run to the next capture; returns when it stopped serving (``time.monotonic()``).
@@ -239,7 +239,7 @@ class ShipChild:
     async def create(cls, paths: VmPaths, journal: Path, repository: str, *, finish: bool = False) -> ShipChild:
         """Start the process; with ``finish`` it carries what is there and ends."""
         command = ship_command(paths, journal, repository, finish=finish)
-        return cls(await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL))
+        return cls(await spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL))
 
     @property
     def pid(self) -> int:
@@ -248,7 +248,7 @@ class ShipChild:
 
     async def wait(self) -> str:
         """Wait for its end; returns how it ended, in words."""
-        return _ending(await self._process.wait())
+        return ending_words(await self._process.wait())
 
     def abandon(self) -> None:
         """Kill it without waiting: a process that hangs in its storage ends when that lets go."""
@@ -260,55 +260,6 @@ class ShipChild:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         return await self.wait()
-
-
-class Errand:
-    """A process that does something for a run while its VM runs, and ends."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-
-    @classmethod
-    async def resync(
-        cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str], *, bytes_max: int
-    ) -> Errand:
-        """It closes the gaps of the disks named: compares images with their history."""
-        command = _errand("vmrewind.recover.resync", paths, journal, repository, run)
-        return cls(await _spawn(paths, [*command, "--bytes-max", str(bytes_max), *disks], stdin=DEVNULL, stdout=DEVNULL))
-
-    @classmethod
-    async def bases(cls, paths: VmPaths, journal: Path, repository: str, run: str, disks: Sequence[str]) -> Errand:
-        """It makes the bases that were begun of the disks named."""
-        command = _errand("vmrewind.start.bases", paths, journal, repository, run)
-        return cls(await _spawn(paths, [*command, "--keeper", str(os.getpid()), *disks], stdin=DEVNULL, stdout=DEVNULL))
-
-    async def wait(self) -> str:
-        """Wait for its end; returns how it ended, in words."""
-        return _ending(await self._process.wait())
-
-    async def kill(self) -> None:
-        """End it; the next one goes on."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-
-
-async def merge_tables(paths: VmPaths, journal: Path) -> None:
-    """Merge what is complete of a journal, in a process of its own that yields to all others; returns when it has ended."""
-    command = [sys.executable, "-m", "vmrewind.history.merging", str(journal)]
-    process = await _spawn(paths, command, stdin=DEVNULL, stdout=DEVNULL)
-    try:
-        await process.wait()
-    except asyncio.CancelledError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise
-
-
-def _errand(module: str, paths: VmPaths, journal: Path, repository: str, run: str) -> list[str]:
-    command = [sys.executable, "-m", module, "--vm", paths.name, "--journal", str(journal)]
-    return [*command, "--repository", repository, "--run", run]
 
 
 def assignment(
@@ -349,7 +300,7 @@ def assignment(
     }
 
 
-async def _spawn(
+async def spawn(
     paths: VmPaths,
     command: list[str],
     *,
@@ -372,5 +323,6 @@ async def _spawn(
         )
 
 
-def _ending(code: int) -> str:
+def ending_words(code: int) -> str:
+    """How a process ended."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"

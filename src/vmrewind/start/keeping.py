@@ -10,22 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import functools
 import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from vmrewind.errors import CorruptionError, SpaceError, VmStateError
+from vmrewind.errors import CorruptionError, VmStateError
 from vmrewind.journal.copy_before_write import begun_base, remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.ship.meter import unsent
-from vmrewind.start.bases import Progress, little_left
-from vmrewind.start.children import CLEAN, Errand, ShipChild, listen
+from vmrewind.start.bases import Progress
+from vmrewind.start.children import CLEAN, ShipChild, listen
+from vmrewind.start.errands import Errands
 from vmrewind.start.fallback import begun
 from vmrewind.start.keeper_control import KeeperControl
 from vmrewind.start.leftovers import clear_leftovers
@@ -41,10 +41,6 @@ _SHIP_RESTART_SECONDS: Final = 0.2
 _SHIP_STOP_SECONDS: Final = 10.0
 _SHIP_FINISH_SECONDS: Final = 7.0
 _RETRY_SECONDS: Final = 1.0
-_BASES_STOP_SECONDS: Final = 5.0
-"""How long a VM's stop waits for a base that is nearly made."""
-_ERRAND_RETRY_SECONDS: Final = 2.0
-_ERRAND_RETRY_SECONDS_MAX: Final = 300.0
 
 T = TypeVar("T")
 
@@ -68,12 +64,11 @@ class Keeper:
         self._control = KeeperControl({"restart-capture": self._restart_capture})
         self._plan: Plan | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._resyncing: asyncio.Task[None] | None = None
-        self._making_bases: asyncio.Task[None] | None = None
-        self._unmade: dict[str, float] = {}
-        self._stopping = asyncio.Event()
-        self._qemu_pid: int | None = None
         self._repository: str | None = None
+        self._errands: Errands | None = None
+        self._unmade: dict[str, float] = {}
+        self._stopping = False
+        self._qemu_pid: int | None = None
         self._trouble: str | None = None
         self._server_pid: int | None = None
         self._lock = -1
@@ -161,21 +156,22 @@ class Keeper:
         ready = await self._serving.assign(config, plan.info, plan.identities)
         self.events.write("disks.assigned", disks=ready["disks"], socket=str(self.nbd_socket))
 
-        self._tasks.append(asyncio.create_task(self._persist("serving", self._serving.keep)))
-        self._tasks.append(asyncio.create_task(self._persist("merging", lambda: keep_merged(self.paths, storage.journal))))
+        self._tasks.append(self._begin("serving", self._serving.keep))
+        self._tasks.append(self._begin("merging", lambda: keep_merged(self.paths, storage.journal)))
         await self._control.listen(self._listen(self.paths.keeper_socket))
         if config.protection.repository is not None:
             auto = config.protection.ship == "auto"
             wanted = [disk.target for disk in config.protection.disk] if auto else []
             write_wanted(self.paths, wanted, config.protection.bandwidth_limit)
             repository = config.protection.repository
-            self._repository = repository
             self._ship = await self._create_ship(repository)
             self.note()
             self.events.write("ship.created", pid=self._ship.pid, state="auto" if auto else "idle")
-            self._tasks.append(asyncio.create_task(self._persist("ship", lambda: self._keep_ship(repository))))
-            self._begin_bases(repository, [disk.target for disk in config.protection.disk])
-            self._begin_resync(plan.resync)
+            self._tasks.append(self._begin("ship", lambda: self._keep_ship(repository)))
+            self._repository = repository
+            self._errands = Errands(self.paths, storage.journal, repository, self._begin)
+            self._errands.begin_bases(self.run_name, [disk.target for disk in config.protection.disk])
+            self._errands.begin_resync(self.run_name, plan.resync, storage.journal_size // 2)
         return config
 
     def _listen(self, path: Path, owner: tuple[int, int] | None = None) -> socket.socket:
@@ -280,18 +276,18 @@ class Keeper:
 
     def goes_on_as(self, info: RunInfo) -> None:
         """Part of ``Serving``'s contract."""
-        if self._resyncing is not None:
-            # It would compare with a history that the disks have left.
-            self._resyncing.cancel()
-        if self._making_bases is not None:
-            self._making_bases.cancel()
+        if self._errands is not None:
+            self._errands.give_up()
         self.run = info.run
         self.events = EventLog(self.paths.events(info.run))
 
     def protected_again(self, info: RunInfo) -> None:
         """Part of ``Serving``'s contract."""
-        if self._repository is not None:
-            self._begin_resync(list(info.gaps))
+        if self._errands is not None:
+            self._errands.begin_resync(run_name(info.run), list(info.gaps), self.storage.journal_size // 2)
+
+    def _begin(self, what: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        return asyncio.create_task(self._persist(what, work))
 
     async def _restart_capture(self) -> dict[str, Any]:
         assert self._serving is not None, "instructions are taken once the disks are served"
@@ -304,7 +300,7 @@ class Keeper:
         while True:
             assert self._ship is not None, "ship was created before it is kept"
             ending = await self._ship.wait()
-            if self._stopping.is_set():
+            if self._stopping:
                 return
             self.events.write("ship.died", pid=self._ship.pid, ending=ending)
             await asyncio.sleep(_SHIP_RESTART_SECONDS + deaths.pause_seconds())
@@ -312,64 +308,25 @@ class Keeper:
             self.note()
             self.events.write("ship.restarted", pid=self._ship.pid)
 
-    def _begin_bases(self, repository: str, disks: Sequence[str]) -> None:
-        begun = [target for target in disks if begun_base(self.storage.journal, target) is not None]
-        if begun:
-            make = functools.partial(Errand.bases, self.paths, self.storage.journal, repository, self.run_name, begun)
-            self._making_bases = asyncio.create_task(self._persist("bases", functools.partial(self._send_on, make, [CLEAN])))
-
-    def _begin_resync(self, disks: Sequence[str]) -> None:
-        if disks and self._repository is not None:
-            self._resyncing = asyncio.create_task(self._persist("resync", functools.partial(self._resync, self._repository, disks)))
-            self._tasks.append(self._resyncing)
-
-    async def _resync(self, repository: str, disks: Sequence[str]) -> None:
-        """Close the gaps that this run began with."""
-        if self._making_bases is not None:
-            # It compares with a history that may need them.
-            await asyncio.wait([self._making_bases])
-        bytes_max = self.storage.journal_size // 2
-        make = functools.partial(
-            Errand.resync, self.paths, self.storage.journal, repository, self.run_name, disks, bytes_max=bytes_max
-        )
-        await self._send_on(make, [CLEAN, f"exit code {SpaceError.exit_code}"])
-
-    async def _send_on(self, make: Callable[[], Awaitable[Errand]], enough: Sequence[str]) -> None:
-        """Send processes on an errand until one ends with what is ``enough``: the repository may be away for a while.
-
-        No further one once the VM stops.
-        """
-        pause_seconds = _ERRAND_RETRY_SECONDS
-        while True:
-            errand = await make()
-            try:
-                ending = await errand.wait()
-            except asyncio.CancelledError:
-                await errand.kill()
-                raise
-            if ending in enough:
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), pause_seconds)
-                return
-            pause_seconds = min(2 * pause_seconds, _ERRAND_RETRY_SECONDS_MAX)
-
     # -- the end
 
     async def stop(self) -> None:
         """End the run cleanly: capture first, so that its last records are there for ship to send."""
-        self._stopping.set()
+        self._stopping = True
         await self._control.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._errands is not None:
+            await self._errands.stop_resync()
         if self._serving is not None:
             try:
                 ending = await self._serving.stop()
             except Exception as error:  # noqa: BLE001 - ship and the sockets are to be ended all the same
                 ending = f"failed: {error!r}"
             self.events.write("capture.ended", ending=ending)
-        await self._stop_bases()
+        if self._errands is not None and self._plan is not None:
+            self._unmade = await self._errands.stop_bases(self._plan.info.disks)
         await self._stop_ship()
         if self._noting_again is not None:
             self._noting_again.cancel()
@@ -380,19 +337,6 @@ class Keeper:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    async def _stop_bases(self) -> None:
-        """What is not made by now goes on with the next start: nobody writes to the images but who keeps what it needs."""
-        if self._making_bases is None:
-            return
-        disks = self._plan.info.disks if self._plan is not None else []
-        if little_left(self.storage.journal, disks):
-            await asyncio.wait([self._making_bases], timeout=_BASES_STOP_SECONDS)
-        self._making_bases.cancel()
-        await asyncio.gather(self._making_bases, return_exceptions=True)
-        targets = [disk.target for disk in disks]
-        found = {target: begun_base(self.storage.journal, target) for target in targets}
-        self._unmade = {target: base[1] for target, base in found.items() if base is not None}
 
     async def _stop_ship(self) -> None:
         if self._ship is None:

@@ -12,7 +12,7 @@ from typing import Final
 from vmrewind.history.stretches import next_stretch
 from vmrewind.journal.reader import SegmentFile, segment_files
 from vmrewind.paths import VmPaths
-from vmrewind.start.children import merge_tables
+from vmrewind.start.errands import merge_tables
 
 _LOOK_SECONDS: Final = 60.0
 
