@@ -17,23 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrewind.capture.image import Image
-from vmrewind.capture.recovery import recover
-from vmrewind.errors import ConfigError, CorruptionError, ImageError, MomentError, RepositoryError, VmStateError
+from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmStateError
 from vmrewind.history.branch import last_takeover
 from vmrewind.history.configuration import config_digest
-from vmrewind.history.history import History
-from vmrewind.history.resolve import resolve
-from vmrewind.journal import format as fmt
 from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.runs import (
     Discontinuity,
-    Head,
     ImageIdentity,
-    Position,
     RunInfo,
-    local_runs,
-    read_head,
     run_path,
     write_durably,
 )
@@ -43,8 +35,9 @@ from vmrewind.repository.repository import VmRepository
 from vmrewind.ship.noted import forget_shipped_elsewhere
 from vmrewind.start.bases import Progress, back_up, begin, complete, is_of, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
-from vmrewind.start.images import known_end, refuse_half_restored, refuse_half_taken_over
+from vmrewind.start.images import refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
+from vmrewind.start.past import Past, look_back
 from vmrewind.start.supersession import Answer, ask, refuse_superseded
 from vmrewind.vmconfig.model import VmConfig
 
@@ -57,20 +50,6 @@ class Plan:
     identities: Mapping[str, ImageIdentity]
     resync: Sequence[str] = ()
     """Disks whose gap is closed while the VM runs, by comparing the image with its history."""
-
-
-@dataclass(slots=True)
-class Past:
-    """What is known of a VM before this run."""
-
-    runs: list[RunInfo]
-    position: Position | None
-    head: Head | None
-    gap_cause: str = "the image is not as the last run left it: it was changed while the VM was off"
-    used: frozenset[str] = frozenset()
-    """Disks whose images somebody used after the last run died, so that its journal was not replayed onto them."""
-    recovered: bool = False
-    """The last run died, and the host did not: all that it did to its images is known, but for those that are ``used``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +112,7 @@ class Planner:
             repository = self.repository.repository
             forget_shipped_elsewhere(self.journal, repository.id)
             note_repository(self.paths, repository.url)
-        past = self._past()
+        past = look_back(self.config.name, self.journal, self.repository, self.events, self.say)
         refuse_superseded(self.config.name, self.answer, self.journal, self.paths, past.position, self.say, self.events)
         # The host's clock may have been set back since: runs are ordered by their ids, so a later one must have a greater one.
         run = max(run, newest_run(past.runs) + 1)
@@ -224,46 +203,6 @@ class Planner:
         chosen = self.config.uuid or str(uuids.uuid4())
         write_durably(self.paths.identity, json.dumps({"name": self.config.name, "uuid": chosen}).encode() + b"\n")
         return chosen
-
-    def _past(self) -> Past:
-        recovered = recover(self.journal, self.say)
-        runs = local_runs(self.journal, self._report)
-        head = read_head(self.journal, self._report)
-        if head is not None:
-            return Past(runs, head.position, head)
-        if recovered is not None:
-            self.events.write(
-                "journal.recovered",
-                run=fmt.run_name(recovered.position.run),
-                seq=recovered.position.seq,
-                records_applied=recovered.records_applied,
-                host_died=recovered.host_died,
-            )
-            known = not recovered.host_died
-            cause = "the host died: the images may hold writes that the journal lost" if recovered.host_died else (
-                "vmrewind itself was killed, and what touched the images since is not known"
-            )  # fmt: skip
-            return Past(runs, recovered.position, None, cause, recovered.changed, known)
-        cause = "the last run did not end cleanly"
-        if (position := known_end(self.journal, runs)) is not None:
-            return Past(runs, position, None, cause)
-        if self.repository is not None and (shipped := self.repository.runs()):
-            return Past(shipped, self._last_shipped(), None, "the local journal is gone")
-        return Past([], None, None)
-
-    def _report(self, error: CorruptionError) -> None:
-        self.say(f"{error}; going on without it")
-        self.events.write("state.damaged", message=str(error))
-
-    def _last_shipped(self) -> Position:
-        """The last moment that the repository knows, for a host whose journal is gone."""
-        with History.open(self.config.name, None, self.repository) as history:
-            branch = history.branch()
-            info = history.runs[branch.run]
-            try:
-                return resolve(history, branch, "latest", [disk.target for disk in info.disks])
-            except MomentError:
-                return Position(info.run, history.records(info.run).last_known or info.first_seq, info.start_time_ns)
 
     def open_images(self, runs: Sequence[RunInfo] = (), anew: Sequence[str] = ()) -> list[Image]:
         """Every protected disk's image, open and locked, of the size that it had in ``runs`` but for the disks ``anew``."""
