@@ -15,6 +15,8 @@ from vmrewind.recover.findings import Finding, Kind
 from vmrewind.recover.verify import verify
 from vmrewind.repository.repository import Repository
 from vmrewind.start.bases import little_left
+from vmrewind.start.keeping import Keeper
+from vmrewind.start.serving import Storage
 
 
 def test_a_base_that_is_not_made_yet_is_no_damage_and_status_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +75,16 @@ def test_a_stop_waits_for_a_base_only_if_little_of_it_is_left(tmp_path: Path) ->
         for chunk in range(size // (4 * MIB) * 7 // 8):
             begun.take(chunk)
         assert little_left(tmp_path / "journal", disks)
+
+
+def test_what_a_stop_leaves_behind_is_said_in_full(tmp_path: Path) -> None:
+    """A base that is not complete does not hide that records are not in the repository."""
+    keeper = Keeper(Storage("web01", tmp_path / "journal", 64 << 20, None), "direct")
+    assert keeper.left_behind == []
+    keeper._unmade, keeper._unsent = {"vda": 0.25, "vdb": 0.5}, 4096
+    base, records = keeper.left_behind
+    assert "vda (25% made), vdb (50% made)" in base and "vmrewind backup web01" in base
+    assert "4096 bytes" in records and "vmrewind ship on web01" in records
+    keeper._unmade, keeper._unsent = {}, None
+    (records,) = keeper.left_behind
+    assert "may not be in the repository" in records

@@ -90,8 +90,8 @@ async def _run(path: Path, say: Callable[[str], None]) -> int:
     code = await _watch(qemu, config, stop, say)
     keeper.events.write("qemu.ended", exit_code=code)
     await keeper.stop()
-    if keeper.left_behind is not None:
-        say(keeper.left_behind)
+    for words in keeper.left_behind:
+        say(words)
     return code
 
 

@@ -115,8 +115,8 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
     tell_ready()
     await stop.wait()
     await keeper.stop()
-    if keeper.left_behind is not None:
-        _log(keeper.left_behind)
+    for words in keeper.left_behind:
+        _log(words)
 
 
 def _heed_signals(keeper: Keeper, stop: asyncio.Event, ready: asyncio.Event) -> None:

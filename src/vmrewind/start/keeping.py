@@ -240,21 +240,22 @@ class Keeper:
         return Keeping(self.run_name, self.mode, own, **processes, trouble=trouble, protected=protected)
 
     @property
-    def left_behind(self) -> str | None:
-        """After the end: in words, what of the run the repository does not have, None if it has all."""
+    def left_behind(self) -> list[str]:
+        """After the end: in words, what of the run the repository does not have, nothing if it has all."""
+        left = []
         if self._unmade:
             disks = ", ".join(f"{target} ({share:.0%} made)" for target, share in self._unmade.items())
-            return (
+            left.append(
                 f"{self.paths.name}: the base of {disks} is not complete, and nothing can be restored without it: the next start "
                 f"goes on with it, and so does `vmrewind backup {self.paths.name}`"
             )
-        if self._unsent == 0:
-            return None
-        what = "what" if self._unsent is None else f"{self._unsent} bytes that"
-        return (
-            f"{self.paths.name}: {what} it wrote {'may not be' if self._unsent is None else 'are not'} in the repository: "
-            f"`vmrewind ship on {self.paths.name}` carries it; do so before another host takes it over"
-        )
+        if self._unsent != 0:
+            what = "what" if self._unsent is None else f"{self._unsent} bytes that"
+            left.append(
+                f"{self.paths.name}: {what} it wrote {'may not be' if self._unsent is None else 'are not'} in the repository: "
+                f"`vmrewind ship on {self.paths.name}` carries it; do so before another host takes it over"
+            )
+        return left
 
     # -- keeping
 
