@@ -109,7 +109,10 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         for target, cause in unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else ()).items():
             problems.append(f"{target}: history has a gap since {since}, until the next protected start resyncs it: {cause}")
     elif runs:
-        problems.append("the last run did not end cleanly: the next start finishes its journal and makes a new base")
+        problems.append(
+            "the last run did not end cleanly: the next start finishes its journal, and history has a gap until a resync, "
+            "while the VM runs, has compared the images with it"
+        )
     if keeping is None and config is not None:
         _ask_journal(handle, carried_disks(handle.paths, config.protection), result)
     if (handle.journal / RESTORE_PENDING).exists():
