@@ -29,6 +29,7 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
             server.bypass.mark(disk.index, offset, length)
     image = disk.image
     fd = image.fd
+    pwrite = os.pwrite
     failed: dict[int, int] = {}
     voided: list[int] = []
     ranges: list[tuple[int, int]] = []
@@ -45,17 +46,17 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
     if image.base is not None:
         image.base.keep(fd, [(operation[2], operation[3]) for operation in operations])
     if not _write_as_one(fd, operations):
-        for operation in operations:
+        for record, payload, offset, length, flags, cookie in operations:
             try:
-                try:
-                    _write(image, operation)
-                except OSError as error:
-                    if error.errno not in _NO_ROOM or not server.give_up_bases():
-                        raise
-                    _write(image, operation)
+                if payload is None:
+                    image.zero(offset, length, keep_allocated=bool(flags & nbd.CMD_FLAG_NO_HOLE))
+                elif pwrite(fd, payload, offset) != length:
+                    image.write(payload, offset)
             except OSError as error:
-                record, _, offset, length, _, cookie = operation
-                failed[cookie] = nbd.wire_error(error.errno)
+                refused = _once_more(server, image, error, payload, offset, length, flags)
+                if refused is None:
+                    continue
+                failed[cookie] = nbd.wire_error(refused.errno)
                 if first_seq is not None:
                     voided.append(first_seq + record)
                     ranges.append((offset, length))
@@ -71,12 +72,20 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
     return failed
 
 
-def _write(image: Image, operation: Operation) -> None:
-    _, payload, offset, length, flags, _ = operation
-    if payload is None:
-        image.zero(offset, length, keep_allocated=bool(flags & nbd.CMD_FLAG_NO_HOLE))
-    elif os.pwrite(image.fd, payload, offset) != length:
-        image.write(payload, offset)
+def _once_more(
+    server: Server, image: Image, error: OSError, payload: memoryview | None, offset: int, length: int, flags: int
+) -> OSError | None:
+    """Do again what the image had no room for, if bases that are being made can give way to it; the error that is left, if any."""
+    if error.errno not in _NO_ROOM or not server.give_up_bases():
+        return error
+    try:
+        if payload is None:
+            image.zero(offset, length, keep_allocated=bool(flags & nbd.CMD_FLAG_NO_HOLE))
+        else:
+            image.write(payload, offset)
+    except OSError as again:
+        return again
+    return None
 
 
 def _write_as_one(fd: int, operations: list[Operation]) -> bool:
