@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
 from vmrewind.errors import CorruptionError
 from vmrewind.history.merged import MergedTable
-from vmrewind.history.rows import between, last_at, of_disk
+from vmrewind.history.rows import Columns, between, last_at, of_disk
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, Source
 from vmrewind.journal import format as fmt
 from vmrewind.journal.format import run_name
@@ -23,6 +23,8 @@ from vmrewind.repository.segment import Rows
 
 _READERS: Final = 8
 _READ_AHEAD: Final = 32
+Found = TypeVar("Found")
+
 _PAYLOAD_OPS: Final = [int(op) for op in fmt.PAYLOAD_OPS]
 
 
@@ -66,6 +68,7 @@ class RunRecords:
         self.broken = broken
         self._left_out: list[tuple[ShippedSource, str]] = []
         self._pieces: dict[int, list[Piece]] = {}
+        self._here: list[Piece] | None = None
         self._lock = threading.Lock()
         self.losses = 0
         """How often something was left out: what was concluded of the records before may not hold any more."""
@@ -89,6 +92,7 @@ class RunRecords:
                 self.shipped = [other for other in self.shipped if other is not source]
                 self._left_out.append((source, str(damaged)))
             self._pieces.clear()
+            self._here = None
             self.losses += 1
 
     def event_pieces(self) -> list[Piece]:
@@ -96,7 +100,10 @@ class RunRecords:
         return _merge(self._local_pieces(), self.shipped)
 
     def _local_pieces(self) -> list[Piece]:
-        return [Piece(source, source.first, source.last) for source in self.local if source.last >= source.first]
+        pieces = self._here
+        if pieces is None:
+            self._here = pieces = [Piece(source, source.first, source.last) for source in self.local if source.last >= source.first]
+        return pieces
 
     def last(self, disk: int) -> int | None:
         """Seq of the last record known for the disk, None if nothing is known."""
@@ -247,8 +254,9 @@ class RunRecords:
 
     def notes(self, disk: int, first: int, last: int) -> Iterator[Rows]:
         """Those of the rows that ``select`` gives which tell something of others."""
-        for _, rows in with_notes(self._within(disk, first, last)):
-            yield of_disk(between(rows, first, last), disk)
+        for table, pieces in self.stretches(disk, first, last):
+            every = [table.notes] if table is not None else (rows for _, rows in with_notes(pieces))
+            yield from (of_disk(between(rows, first, last), disk) for rows in every if len(rows))
 
     def _within(self, disk: int, first: int, last: int) -> list[Piece]:
         return [piece for piece in self.pieces(disk) if piece.last >= first and piece.first <= last]
@@ -295,17 +303,23 @@ def with_rows(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:
     return _read_ahead(pieces, lambda piece: piece.rows)
 
 
+def with_columns(pieces: Sequence[Piece], first: int, last: int) -> Iterator[tuple[Piece, Columns]]:
+    """Each piece with what of it lies in [first, last], in order, as columns: quicker where not all of them are wanted."""
+    clipped = [Piece(piece.source, max(piece.first, first), min(piece.last, last)) for piece in pieces]
+    return _read_ahead(clipped, lambda piece: piece.source.columns(piece.first, piece.last))
+
+
 def with_notes(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Rows]]:
     """Each piece with those of its rows that tell something of others, or of the whole."""
     return _read_ahead(pieces, lambda piece: piece.notes)
 
 
-def _read_ahead(pieces: Sequence[Piece], read: Callable[[Piece], Rows]) -> Iterator[tuple[Piece, Rows]]:
+def _read_ahead(pieces: Sequence[Piece], read: Callable[[Piece], Found]) -> Iterator[tuple[Piece, Found]]:
     if len(pieces) < 2 or not any(isinstance(piece.source, ShippedSource) for piece in pieces):
         yield from ((piece, read(piece)) for piece in pieces)
         return
     with ThreadPoolExecutor(_READERS, thread_name_prefix="tables") as pool:
-        ahead: deque[tuple[Piece, Future[Rows]]] = deque()
+        ahead: deque[tuple[Piece, Future[Found]]] = deque()
         for piece in pieces:
             ahead.append((piece, pool.submit(read, piece)))
             if len(ahead) > _READ_AHEAD:

@@ -5,7 +5,7 @@ Rows are built from record tables alone, vectorised; no payload is touched.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,61 +31,87 @@ _HEAD_WORDS: Final = fmt.BATCH.size // 8
 _TIME_WORD, _SEQ_WORD = 4, 5
 
 
-class RecordTables:
-    """The record tables of consecutive batches of one segment file, as they lie there; rows are made of them when asked for.
+class Columns(Protocol):
+    """Records whose fields are had by the names that ROW has: rows, or what they can be made of."""
 
-    It takes 30 bytes for a record when sixteen are a batch, where a row takes 48.
+    def __len__(self) -> int:
+        """How many records."""
+
+    def __getitem__(self, field: str, /) -> NDArray[Any]:
+        """A field of every record."""
+
+
+class RecordTables:
+    """The record tables of consecutive batches of one segment file; rows are made of them when asked for.
+
+    It takes 26 bytes for a record when sixteen are a batch, where a row takes 48.
     """
 
     def __init__(self, tables: Tables) -> None:
-        sizes = np.array([len(block) for block in tables.blocks], np.int64)
-        self._words: NDArray[np.uint64] = np.frombuffer(b"".join(tables.blocks), np.uint64)
-        self._heads = (np.cumsum(sizes) - sizes) // 8
+        sizes = np.fromiter(map(len, tables.blocks), np.int64, len(tables.blocks))
+        words: NDArray[np.uint64] = np.frombuffer(b"".join(tables.blocks), np.uint64)
+        heads = (np.cumsum(sizes) - sizes) // 8
+        of_records = np.ones(len(words), np.bool_)
+        of_records[(heads[:, None] + np.arange(_HEAD_WORDS)).ravel()] = False
+        self._table: NDArray[np.void] = words[of_records].view(TABLE)
+        self._first_seqs: NDArray[np.uint64] = words[heads + _SEQ_WORD]
+        self._times_ns: NDArray[np.uint64] = words[heads + _TIME_WORD]
         self._counts = (sizes - fmt.BATCH.size) // fmt.RECORD.size
         self._payloads = np.array(tables.positions, np.int64) + sizes
 
     @property
     def nbytes(self) -> int:
         """What it takes, bytes."""
-        return self._words.nbytes + self._heads.nbytes + self._counts.nbytes + self._payloads.nbytes
+        of_batches = (self._first_seqs, self._times_ns, self._counts, self._payloads)
+        return self._table.nbytes + sum(column.nbytes for column in of_batches)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, field: str) -> NDArray[Any]:
+        """A field of every record's row."""
+        match field:
+            case "seq":
+                return self._counted_on(self._first_seqs)
+            case "time_ns":
+                return self._counted_on(self._times_ns)
+            case "position":
+                return self._positions()
+        return self._table[field]
 
     @property
     def last_seq(self) -> int | None:
         """Seq of the last record, None without one."""
-        return int(self._words[self._heads[-1] + _SEQ_WORD]) + int(self._counts[-1]) - 1 if len(self._heads) else None
+        return int(self._first_seqs[-1]) + int(self._counts[-1]) - 1 if len(self._counts) else None
 
     @property
     def rows(self) -> Rows:
         """Every record's row, in order of seq."""
-        return self._rows(self._table)
+        rows = np.empty(len(self), ROW)
+        for field in rows.dtype.names or ():
+            rows[field] = self[field]
+        return rows
 
     @property
     def notes(self) -> Rows:
         """The rows that tell something of others."""
-        table = self._table
-        chosen = _IS_NOTE[table["op"]]
-        return self._rows(table)[chosen] if chosen.any() else np.empty(0, ROW)
+        chosen = _IS_NOTE[self._table["op"]]
+        return self.rows[chosen] if chosen.any() else np.empty(0, ROW)
 
-    @property
-    def _table(self) -> NDArray[np.void]:
-        records = np.ones(len(self._words), np.bool_)
-        records[(self._heads[:, None] + np.arange(_HEAD_WORDS)).ravel()] = False
-        return self._words[records].view(TABLE)
+    def _counted_on(self, firsts: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """What counts on within a batch from its first record."""
+        before = (np.cumsum(self._counts) - self._counts).astype(np.uint64)
+        counted: NDArray[np.uint64] = np.repeat(firsts - before, self._counts)
+        counted += np.arange(len(self), dtype=np.uint64)
+        return counted
 
-    def _rows(self, table: NDArray[np.void]) -> Rows:
-        rows = np.empty(len(table), ROW)
-        for name in ("offset", "xxh3", "length", "disk", "op", "flags"):
-            rows[name] = table[name]
-        counts = self._counts
-        firsts = np.cumsum(counts) - counts
-        within = np.arange(len(table), dtype=np.uint64)
-        rows["seq"] = within + np.repeat(self._words[self._heads + _SEQ_WORD] - firsts.astype(np.uint64), counts)
-        rows["time_ns"] = within + np.repeat(self._words[self._heads + _TIME_WORD] - firsts.astype(np.uint64), counts)
-        padded = payload_lengths(table["op"], table["length"])
+    def _positions(self) -> NDArray[np.uint64]:
+        padded = payload_lengths(self._table["op"], self._table["length"])
         before = np.cumsum(padded) - padded
-        starts = self._payloads - before[firsts] if len(table) else self._payloads
-        rows["position"] = (np.repeat(starts, counts) + before).astype(np.uint64)
-        return rows
+        firsts = np.cumsum(self._counts) - self._counts
+        starts = self._payloads - before[firsts] if len(self) else self._payloads
+        positions: NDArray[np.uint64] = (np.repeat(starts, self._counts) + before).astype(np.uint64)
+        return positions
 
 
 def between(rows: Rows, first: int, last: int) -> Rows:

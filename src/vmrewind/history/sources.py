@@ -16,7 +16,7 @@ import xxhash
 from vmrewind.errors import CorruptionError
 from vmrewind.history.cache import Lru
 from vmrewind.history.merged import Member, MergedTable
-from vmrewind.history.rows import RecordTables, between, notes_of
+from vmrewind.history.rows import Columns, RecordTables, between, notes_of
 from vmrewind.history.stretches import merged_directory, merged_stretches
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Record, Segment, SegmentFile, Tables, segment_files
@@ -61,6 +61,9 @@ class Source(Protocol):
 
     def rows(self, first: int, last: int) -> Rows:
         """Its rows with seqs in [first, last], in order. Raises DamagedObject if it does not reach up to ``last`` (any more)."""
+
+    def columns(self, first: int, last: int) -> Columns:
+        """The same, as columns."""
 
     def notes(self, first: int, last: int) -> Rows:
         """Those of them that tell something of others, or of the whole: VOIDs and events. Raises as ``rows`` does."""
@@ -126,6 +129,14 @@ class LocalSource:
 
     def rows(self, first: int, last: int) -> Rows:
         """Rows of the valid prefix."""
+        return between(self._reaching(last).rows, first, last)
+
+    def columns(self, first: int, last: int) -> Columns:
+        """Columns of the valid prefix."""
+        tables = self._reaching(last)
+        return tables if first <= self.first and tables.last_seq == last else between(tables.rows, first, last)
+
+    def _reaching(self, last: int) -> RecordTables:
         tables, end, _ = self._read_once
         if (table := self.table) is not None and tables.last_seq != self._member.last_seq:
             table.discard()
@@ -133,7 +144,7 @@ class LocalSource:
         # Whoever asks was told so by a merged table, or by tables that were forgotten since.
         if (tables.last_seq or 0) < last:
             raise self._damaged(end)
-        return between(tables.rows, first, last)
+        return tables
 
     def notes(self, first: int, last: int) -> Rows:
         """VOIDs and events of the valid prefix."""
@@ -277,6 +288,10 @@ class ShippedSource:
     def rows(self, first: int, last: int) -> Rows:
         """Rows of the object: of its disks, all that its name promises."""
         return between(self._rows, first, last)
+
+    def columns(self, first: int, last: int) -> Columns:
+        """The rows themselves."""
+        return self.rows(first, last)
 
     def notes(self, first: int, last: int) -> Rows:
         """VOIDs and events of the object."""

@@ -17,8 +17,7 @@ from vmrewind.history.history import History
 from vmrewind.history.index import ZEROES, Index, Layer, Layers, effective, owners_of
 from vmrewind.history.merged import MergedTable
 from vmrewind.history.payloads import Origin, Payloads
-from vmrewind.history.records import Piece, RunRecords, with_rows
-from vmrewind.history.rows import between
+from vmrewind.history.records import Piece, RunRecords, with_columns
 from vmrewind.history.sources import DamagedObject, LocalSource, Source
 from vmrewind.history.stretches import VOID_DISTANCE_MAX
 from vmrewind.journal import format as fmt
@@ -272,9 +271,8 @@ def _layers(legs: Sequence[tuple[RunRecords, int, int, int]]) -> tuple[list[Laye
             if table is not None:
                 layers.put(_merged(table, pieces, disk))
                 continue
-            for piece, rows in with_rows(pieces):
-                within = between(rows, first, last)
-                layers.add(owners_of(within, effective(within, disk, last, voided), piece.source.name))
+            for piece, columns in with_columns(pieces, first, last):
+                layers.add(owners_of(columns, effective(columns, disk, last, voided), piece.source.name))
     return layers.finish(), origins
 
 

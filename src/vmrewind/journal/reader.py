@@ -143,7 +143,7 @@ class Segment:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = path if isinstance(path, Path) else Path(path)
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH)
@@ -169,39 +169,45 @@ class Segment:
 
     def batch_at(self, position: int, number: int) -> Batch | None:
         """The batch at ``position`` if it is valid and carries batch number ``number``; payloads are not looked at."""
-        if (found := self._block_at(position, number)) is None:
-            return None
-        block, end = found
-        _, _, _, _, time_ns, first_seq, count, _, payload = fmt.BATCH.unpack_from(block)
-        return Batch(position, number, time_ns, first_seq, count, block[fmt.BATCH.size :], end - payload, payload)
+        for block, end in self._blocks(position, number):
+            _, _, _, _, time_ns, first_seq, count, _, payload = _unpack_head(block)
+            return Batch(position, number, time_ns, first_seq, count, block[_HEAD_SIZE:], end - payload, payload)
+        return None
 
-    def _block_at(self, position: int, number: int) -> tuple[bytes, int] | None:
-        """(header and table of the batch at ``position``, where the next one begins) if it is the valid batch ``number``."""
-        # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
-        block = os.pread(self.fd, _HEAD_GUESS, position)
-        if len(block) < _HEAD_SIZE:
-            return None
-        magic, checksum, run, found, _, _, count, _, payload = _unpack_head(block)
-        if found != number or run != self.header.run or magic != fmt.BATCH_MAGIC or not 0 < count <= fmt.RECORDS_MAX:
-            return None
-        length = _HEAD_SIZE + count * _RECORD_SIZE
-        if length != len(block):
-            block = block[:length] if length < len(block) else os.pread(self.fd, length, position)
-        if _xxh3(block[_CHECKED_FROM:]) != checksum:
-            return None
-        end: int = position + length + payload
-        return (block, end) if end <= self.header.size else None
+    def _blocks(self, position: int, number: int) -> Iterator[tuple[bytes, int]]:
+        """(header and table of a batch, where the next one begins) from ``position`` on, as long as the expected one is valid."""
+        # A journal of 134 GB has 600,000 batches: whatever is looked up here once is not looked up for each.
+        fd, run, size, pread = self.fd, self.header.run, self.header.size, os.pread
+        magic, head_size, record_size, checked_from = fmt.BATCH_MAGIC, _HEAD_SIZE, _RECORD_SIZE, _CHECKED_FROM
+        while True:
+            # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
+            block = pread(fd, _HEAD_GUESS, position)
+            if len(block) < head_size:
+                return
+            its_magic, checksum, its_run, found, _, _, count, _, payload = _unpack_head(block)
+            if found != number or its_run != run or its_magic != magic or not 0 < count <= fmt.RECORDS_MAX:
+                return
+            length = head_size + count * record_size
+            if length != len(block):
+                block = block[:length] if length < len(block) else pread(fd, length, position)
+            if _xxh3(block[checked_from:]) != checksum:
+                return
+            position += length + payload
+            if position > size:
+                return
+            yield block, position
+            number += 1
 
     def tables(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Tables:
-        """What ``batches`` gives, as it lies in the file: 2 us a batch, half of what it takes to make an object of each."""
+        """What ``batches`` gives, as it lies in the file: a third of what it takes to make an object of each."""
         number = self.header.first_batch if number is None else number
         positions: list[int] = []
         blocks: list[bytes] = []
-        while (found := self._block_at(position, number)) is not None:
+        for block, end in self._blocks(position, number):
             positions.append(position)
-            blocks.append(found[0])
-            position, number = found[1], number + 1
-        return Tables(positions, blocks, position, number)
+            blocks.append(block)
+            position = end
+        return Tables(positions, blocks, position, number + len(blocks))
 
     def batches(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Iterator[Batch]:
         """Batches from ``position`` on (default: all), until the next is not valid."""
