@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests.history_tools import MadeHistory
 from vmrewind.errors import CorruptionError
+from vmrewind.history.gathering import gather
 from vmrewind.history.view import View
 from vmrewind.journal.format import Op
 from vmrewind.journal.reader import Segment, records
@@ -77,6 +78,25 @@ def test_parts_of_any_size_are_the_disks_bytes_the_first_time_and_again(made: Ma
             assert buffer == content[offset : offset + length], f"{offset}+{length}"
 
 
+@pytest.mark.parametrize(("parts_max", "pad_size"), [(3, 1 << 20), (1024, 16 * K)])
+def test_what_is_gathered_at_once_is_bounded_and_read_but_once(
+    made: MadeHistory, monkeypatch: pytest.MonkeyPatch, parts_max: int, pad_size: int
+) -> None:
+    def checked(parts: Sequence[memoryview]) -> tuple[memoryview, bool]:
+        assert 0 < len(parts) <= parts_max and sum(map(len, parts)) <= pad_size
+        return gather(parts)
+
+    monkeypatch.setattr("vmrewind.history.payloads.PARTS_MAX", parts_max)
+    monkeypatch.setattr("vmrewind.history.payloads.PAD_SIZE", pad_size)
+    monkeypatch.setattr("vmrewind.history.payloads.gather", checked)
+    monkeypatch.setattr("vmrewind.history.payloads.Payloads.get", None)
+    seq = max(made.times)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        for begin, end in ((0, LONG_AT), (LONG_AT + LONG, SIZE), (1, 10 * K)):
+            assert view.read(begin, end - begin) == made.disk("vda").states[seq][begin:end]
+
+
 @pytest.mark.parametrize("read_before", [False, True])
 def test_damage_is_found_by_whoever_reads_it_and_by_nobody_else(made: MadeHistory, read_before: bool) -> None:
     chance = random.Random(3)
@@ -116,3 +136,24 @@ def test_another_copy_stands_in_whatever_part_is_read(made: MadeHistory, read_be
                 for begin, length in ((0, SIZE), (offset, 1), (offset - 3, 300)):
                     length = min(length, SIZE - begin)
                     assert view.read(begin, length) == content[begin : begin + length]
+
+
+def test_a_segment_that_is_cut_short_while_it_is_read_ends_nobody(made: MadeHistory) -> None:
+    seq = max(made.times)
+    content = made.disk("vda").states[seq]
+    (path,) = made.segment_paths()
+    with Segment(path) as segment:
+        cut = next(record for batch in segment.batches() for record in records(batch) if record.offset == 6 * 4 * K)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        assert view.read(0, SIZE) == content
+        os.truncate(path, cut.position + 100)
+        assert view.read(0, 6 * 4 * K) == content[: 6 * 4 * K]
+        for begin, end in ((cut.offset - 1, cut.offset + 1), (0, 8 * 4 * K), (SHORT_AT - 1, SHORT_AT + 1)):
+            with pytest.raises(CorruptionError, match=" record "):
+                view.read(begin, end - begin)
+
+
+def test_a_journal_that_cannot_be_mapped_is_read_all_the_same(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vmrewind.history.sources.mapped", lambda _: memoryview(b""))
+    test_parts_of_any_size_are_the_disks_bytes_the_first_time_and_again(made)

@@ -15,6 +15,7 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 from vmrewind.history.cache import Lru
+from vmrewind.history.gathering import PAD_SIZE, PARTS_MAX, gather
 from vmrewind.history.index import ZEROES, Index, Piece
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import LocalSource, Source
@@ -22,7 +23,10 @@ from vmrewind.journal.format import ALIGNMENT
 
 _BLOCK: Final = 4096
 _SHORT: Final = 4 * _BLOCK
-"""To read and verify the whole of such a payload costs no more than to look for checksums of its blocks."""
+"""To read and verify the whole of such a payload costs no more than to look for checksums of its blocks, and copying it once more
+less than a read of its own."""
+_EXPECTED: Final = 32
+"""So many times after storage was read the kernel is first told of all that will be: it would wait for one part after another."""
 _SUMS_BYTES_MAX: Final = 16 << 20
 """Of 64 KiB records, some 2 GiB."""
 _SUMS_OVERHEAD_BYTES: Final = 256
@@ -47,6 +51,7 @@ class Payloads:
         self._sources = [origin.source for origin in origins]
         self._source_ends = index.source_ends
         self._sums: Lru[array[int]] = Lru(_SUMS_BYTES_MAX, lambda sums: 8 * len(sums) + _SUMS_OVERHEAD_BYTES)
+        self._expected = _EXPECTED
         self._kept: Lru[bytes] = Lru(_PAYLOADS_BYTES_MAX, len)
 
     def get(self, owner: int) -> bytes:
@@ -57,52 +62,82 @@ class Payloads:
 
     def fill(self, buffer: memoryview, at: int, pieces: Sequence[Piece]) -> None:
         """Write what the pieces give into a buffer whose first byte is the disk's byte ``at``. Raises as ``get`` does."""
+        ends, sources = self._source_ends, self._sources
+        short: list[Piece] = []
+        parts: list[memoryview] = []
+        room = PAD_SIZE
+        several = len(pieces) > 1
         run: list[Piece] = []
-        segment: Source | None = None
+        run_source: Source | None = None
         run_position = run_end = 0
         for piece in pieces:
             start, end, owner, _, _, length, place = piece
             if place == ZEROES:
                 buffer[start - at : end - at] = bytes(end - start)
                 continue
-            source = self._sources[bisect_right(self._source_ends, owner)]
-            if end - start != length:
+            source = sources[bisect_right(ends, owner)]
+            position = place * ALIGNMENT
+            if several and length <= _SHORT and isinstance(source, LocalSource):
+                if length > room or len(parts) == PARTS_MAX:
+                    self._fill_short(buffer, at, short, parts)
+                    short, parts, room = [], [], PAD_SIZE
+                short.append(piece)
+                parts.append(source.mapped[position : position + length])
+                room -= length
+            elif end - start != length:
                 self._fill_part(buffer[start - at : end - at], piece, source)
-                continue
-            if start != run_end or place * ALIGNMENT != run_position or source is not segment:
-                if run:
-                    self._fill_run(buffer, at, run, segment)
-                run, segment = [], source
-                run_position = place * ALIGNMENT
-            run.append(piece)
-            run_position += length
-            run_end = end
+            else:
+                if start != run_end or position != run_position or source is not run_source:
+                    if run:
+                        self._fill_run(buffer, at, run, run_source)
+                    run, run_source = [], source
+                run.append(piece)
+                run_position, run_end = position + length, end
         if run:
-            self._fill_run(buffer, at, run, segment)
+            self._fill_run(buffer, at, run, run_source)
+        if short:
+            self._fill_short(buffer, at, short, parts)
+
+    def _fill_short(self, buffer: memoryview, at: int, pieces: Sequence[Piece], parts: Sequence[memoryview]) -> None:
+        """Of payloads, ``parts`` of mappings, that are read whole, whatever is wanted of them."""
+        if self._expected:
+            self._expected -= 1
+            for _, _, owner, _, _, length, place in pieces:
+                source = self._sources[bisect_right(self._source_ends, owner)]
+                if isinstance(source, LocalSource):
+                    source.expect(place * ALIGNMENT, length)
+        gathered, cold = gather(parts)
+        if cold:
+            self._expected = _EXPECTED
+        begin = 0
+        for start, end, owner, offset, xxh3, length, _ in pieces:
+            stop = begin + length
+            payload = gathered[begin:stop]
+            # If there is less of it, that does not match either.
+            if xxh3_64_intdigest(payload) != xxh3:
+                payload = memoryview(self.get(owner))
+            buffer[start - at : end - at] = payload if end - start == length else payload[start - offset : end - offset]
+            begin = stop
 
     def _fill_run(self, buffer: memoryview, at: int, run: Sequence[Piece], source: Source | None) -> None:
         """Of whole records that are neighbours on the disk and in their source."""
-        together = buffer[run[0][0] - at : run[-1][1] - at]
+        first, last = run[0][0], run[-1][1]
+        together = buffer[first - at : last - at]
         here = isinstance(source, LocalSource) and source.read_into(run[0][6] * ALIGNMENT, together)
-        begin = 0
-        for _, _, owner, _, xxh3, length, _ in run:
-            part = together if len(run) == 1 else together[begin : begin + length]
+        for start, end, owner, _, xxh3, _, _ in run:
+            part = together[start - first : end - first]
             if not here or xxh3_64_intdigest(part) != xxh3:
                 part[:] = self.get(owner)
-            begin += length
 
     def _fill_part(self, part: memoryview, piece: Piece, source: Source) -> None:
-        start, end, owner, offset, xxh3, length, place = piece
+        start, end, owner, offset, _, length, place = piece
         low, high = start - offset, end - offset
         if not isinstance(source, LocalSource):
             # What is far away, or has to be unpacked, is kept.
             part[:] = memoryview(self._kept.get(owner, lambda: self.get(owner)))[low:high]
             return
         if length <= _SHORT:
-            payload = bytearray(length)
-            if not source.read_into(place * ALIGNMENT, memoryview(payload)) or xxh3_64_intdigest(payload) != xxh3:
-                payload[:] = self.get(owner)
-            part[:] = memoryview(payload)[low:high]
+            part[:] = memoryview(self.get(owner))[low:high]
             return
         sums = self._sums.get(owner, lambda: _sums(self.get(owner)))
         first = low // _BLOCK

@@ -15,6 +15,7 @@ import xxhash
 
 from vmrewind.errors import CorruptionError
 from vmrewind.history.cache import Lru
+from vmrewind.history.gathering import mapped
 from vmrewind.history.merged import Member, MergedTable
 from vmrewind.history.rows import Columns, RecordTables, between, notes_of
 from vmrewind.history.stretches import merged_directory, merged_stretches
@@ -80,8 +81,9 @@ class LocalSource:
 
     mask = ALL_DISKS_MASK
 
-    def __init__(self, segment: Segment, *, is_last: bool) -> None:
+    def __init__(self, segment: Segment, *, is_last: bool, may_map: bool = True) -> None:
         self.segment = segment
+        self._may_map = may_map
         self.name = str(segment.path)
         self.run = segment.header.run
         self.number = segment.header.number
@@ -209,8 +211,18 @@ class LocalSource:
         """Fill the buffer from the file, nothing of it verified; False if the file ends before."""
         return os.preadv(self.segment.fd, (buffer,), position) == len(buffer)
 
+    @functools.cached_property
+    def mapped(self) -> memoryview:
+        """The file as ``gather`` takes it, nothing of it verified; empty if it cannot be had so."""
+        return mapped(self.segment.fd) if self._may_map else memoryview(b"")
+
+    def expect(self, position: int, length: int) -> None:
+        """Have the kernel read this part of the file beforehand, and no more."""
+        os.posix_fadvise(self.segment.fd, position, length, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """Close the file and give the lock up."""
+        self.__dict__.pop("mapped", None)
         self.segment.close()
         if self._table is not None:
             self._table.close()
@@ -325,14 +337,14 @@ def open_journal(journal: Path) -> tuple[list[LocalSource], list[BrokenFile]]:
     Raises RepositoryError for a format from a newer version.
     """
     files = segment_files(journal)
-    _allow_descriptors(len(files))
+    may_map = _allow_descriptors(2 * len(files))
     last_of_run = {file.run: file.number for file in files}
     sources: list[LocalSource] = []
     broken: list[BrokenFile] = []
     try:
         for file in files:
             try:
-                sources.append(LocalSource(Segment(file.path), is_last=last_of_run[file.run] == file.number))
+                sources.append(LocalSource(Segment(file.path), is_last=last_of_run[file.run] == file.number, may_map=may_map))
             except FileNotFoundError:
                 continue
             except CorruptionError as error:
@@ -369,8 +381,12 @@ def _broken(file: SegmentFile, error: CorruptionError) -> BrokenFile:
     return BrokenFile(file.path, file.run, file.number, str(error))
 
 
-def _allow_descriptors(count: int) -> None:
+def _allow_descriptors(count: int) -> bool:
+    """Have room for so many, or as many as there may be; whether that is enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _DESCRIPTORS_SPARE
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return True
+    enough = hard == resource.RLIM_INFINITY or hard >= wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if enough else hard, hard))
+    return enough

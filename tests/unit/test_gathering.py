@@ -1,0 +1,57 @@
+"""Short pieces of files are copied together, and a file that is not there any more as it was ends nobody."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+from vmrewind.history.gathering import PAD_SIZE, PARTS_MAX, gather, mapped
+
+PAGE = 4096
+
+
+def _mapped(path: Path, content: bytes) -> memoryview:
+    path.write_bytes(content)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return mapped(fd)
+    finally:
+        os.close(fd)
+
+
+def test_parts_of_several_files_come_one_behind_the_other(tmp_path: Path) -> None:
+    content = os.urandom(8 * PAGE)
+    one, other = _mapped(tmp_path / "one", content), _mapped(tmp_path / "other", content[::-1])
+    gathered, _ = gather([one[100:5000], other[7:8], one[PAGE : 2 * PAGE]])
+    assert gathered == content[100:5000] + content[::-1][7:8] + content[PAGE : 2 * PAGE]
+    part = PAD_SIZE // PARTS_MAX
+    assert gather([one[n : n + part] for n in range(PARTS_MAX)])[0] == b"".join(content[n : n + part] for n in range(PARTS_MAX))
+
+
+def test_what_was_cut_off_a_file_is_not_there(tmp_path: Path) -> None:
+    content = os.urandom(3 * PAGE)
+    parts = [(whole := _mapped(tmp_path / "cut", content))[:PAGE], whole[2 * PAGE :], whole[:PAGE]]
+    assert gather(parts)[0] == content[:PAGE] + content[2 * PAGE :] + content[:PAGE]
+    os.truncate(tmp_path / "cut", PAGE)
+    assert gather(parts)[0] == content[:PAGE]
+    assert gather(parts[1:])[0] == b""
+
+
+def test_what_cannot_be_mapped_is_empty(tmp_path: Path) -> None:
+    assert _mapped(tmp_path / "empty", b"") == b""
+
+
+def test_threads_gather_side_by_side(tmp_path: Path) -> None:
+    content = os.urandom(4 * PAGE)
+    file = _mapped(tmp_path / "file", content)
+    together = Barrier(4)
+
+    def gathered(number: int) -> bytes:
+        found, _ = gather([file[number * PAGE : (number + 1) * PAGE]])
+        together.wait(30)
+        return bytes(found)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert b"".join(pool.map(gathered, range(4))) == content
