@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from tests.history_tools import MadeHistory
 from vmrewind.history import index as index_module
-from vmrewind.history.index import Index, Layers, effective, owners_of
+from vmrewind.history import layers as layers_module
+from vmrewind.history.index import Index
+from vmrewind.history.layers import Layers, effective, owners_of
 from vmrewind.history.reading import read_whole
 from vmrewind.history.rows import ROW
 from vmrewind.history.view import View
@@ -65,9 +67,9 @@ def index_of(written: list[tuple[int, int]], layer_records: int, region_extents:
         rows[i] = (i + 1, i, offset, 0, 0, length, 0, Op.WRITE, 0)
     parts = [owners_of(rows[i : i + 1], np.ones(1, np.bool_), "here") for i in range(len(rows))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "LAYER_RECORDS", layer_records)
-        patch.setattr(index_module, "JOINED_EXTENTS", joined_extents)
-        patch.setattr(index_module, "_PATIENCE", 2)
+        patch.setattr(layers_module, "LAYER_RECORDS", layer_records)
+        patch.setattr(layers_module, "JOINED_EXTENTS", joined_extents)
+        patch.setattr(layers_module, "_PATIENCE", 2)
         patch.setattr(index_module, "REGION_EXTENTS", region_extents)
         layers = Layers()
         for part in parts:
@@ -104,8 +106,8 @@ def test_every_moment_of_every_disk_equals_the_model(
     batches: list[list[tuple[Op, str, tuple[int, int], int]]], data: st.DataObject
 ) -> None:
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "LAYER_RECORDS", data.draw(st.sampled_from([1, 3, 1000]), "records in a layer"))
-        patch.setattr(index_module, "JOINED_EXTENTS", data.draw(st.sampled_from([0, 5, 1000]), "extents joined to one layer"))
+        patch.setattr(layers_module, "LAYER_RECORDS", data.draw(st.sampled_from([1, 3, 1000]), "records in a layer"))
+        patch.setattr(layers_module, "JOINED_EXTENTS", data.draw(st.sampled_from([0, 5, 1000]), "extents joined to one layer"))
         patch.setattr(index_module, "REGION_EXTENTS", data.draw(st.sampled_from([1, 4, 1000]), "extents in a region"))
         patch.setattr("vmrewind.history.view._FEW", 2)
         made = MadeHistory(Path(directory), {"vda": SIZE, "vdb": SIZE + 4096}, journal_size=4 << 20)

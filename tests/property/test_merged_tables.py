@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.history_tools import MadeHistory
-from vmrewind.history import index, merging, stretches, view
+from vmrewind.history import index, layers, merging, stretches, view
 from vmrewind.history.merged import MergedTable
 from vmrewind.history.merging import merge
 from vmrewind.history.view import View
@@ -47,9 +47,9 @@ def small() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(pool, "SEGMENTS_MIN", 20)
         patch.setattr(stretches, "SEGMENTS_MIN", 1)
         patch.setattr(stretches, "SEGMENTS_MAX", 3)
-        patch.setattr(index, "LAYER_RECORDS", 4)
+        patch.setattr(layers, "LAYER_RECORDS", 4)
         patch.setattr(index, "REGION_EXTENTS", 4)
-        patch.setattr(index, "JOINED_EXTENTS", 12)
+        patch.setattr(layers, "JOINED_EXTENTS", 12)
         yield patch
 
 

@@ -20,17 +20,18 @@ import numpy as np
 import xxhash
 
 from vmrewind.errors import CorruptionError
-from vmrewind.history.index import OWNER, Layer
+from vmrewind.history.layers import OWNER, Layer
 from vmrewind.history.rows import ROW
 from vmrewind.history.stretches import Stretch
 from vmrewind.journal.reader import Segment
 from vmrewind.journal.runs import write_durably
 from vmrewind.repository.segment import Rows
 
-MAGIC: Final = b"VMRWMRG1"
+MAGIC: Final = b"VMRWMRG2"
 _BEGINNING: Final = struct.Struct("<8sQQ")
 """magic, length of the JSON object, its xxh3_64."""
 _HEAD_BYTES_MAX: Final = 1 << 20
+_STARTS: Final[dict[int, np.dtype[Any]]] = {4: np.dtype(np.uint32), 8: np.dtype(np.int64)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,14 @@ def write_table(path: Path, members: Sequence[Member], notes: Rows, layers: Mapp
     head = {
         "segments": [astuple(member) for member in members],
         "disks": [
-            {"disk": disk, "extents": len(layer.extents[0]), "records": len(layer.records), "counts": list(layer.counts)}
+            {
+                "disk": disk,
+                "extents": len(layer),
+                "shift": layer.shift,
+                "start_bytes": layer.starts.itemsize,
+                "records": len(layer.records),
+                "counts": list(layer.counts),
+            }
             for disk, layer in layers.items()
         ],
         "sections": [[len(section), xxhash.xxh3_64_intdigest(section)] for section in sections],
@@ -76,8 +84,7 @@ def write_table(path: Path, members: Sequence[Member], notes: Rows, layers: Mapp
 
 
 def _packed(layer: Layer) -> bytes:
-    starts, lengths, owners = layer.extents
-    return b"".join((starts.tobytes(), layer.records.tobytes(), lengths.tobytes(), owners.tobytes()))
+    return b"".join(column.tobytes() for column in (layer.records, layer.starts, layer.lengths, layer.owners))
 
 
 @contextlib.contextmanager
@@ -155,8 +162,8 @@ class MergedTable:
     def layer(self, disk: int) -> Layer:
         """What the stretch made of a disk."""
         if disk not in self._disks:
-            nothing = (np.empty(0, np.int64), np.empty(0, np.uint32), np.empty(0, np.uint32))
-            return Layer(nothing, np.empty(0, OWNER), [0] * len(self.members))
+            nothing = np.empty(0, np.uint32)
+            return Layer(nothing, 0, nothing, nothing, np.empty(0, OWNER), [0] * len(self.members))
         with _shaped(self.path):
             return self._layer(*self._disks[disk])
 
@@ -164,12 +171,20 @@ class MergedTable:
         extents, records = described["extents"], described["records"]
         if len(described["counts"]) != len(self.members) or sum(described["counts"]) != records:
             raise ValueError(f"{records} records are not {described['counts']}")
+        kind, shift = _STARTS[described["start_bytes"]], described["shift"]
+        if shift not in range(64):
+            raise ValueError(f"shift {shift}")
         packed = self._section(number)
-        starts = np.frombuffer(packed, np.int64, extents)
-        owners_at = 8 * extents + OWNER.itemsize * records
-        lengths = np.frombuffer(packed, np.uint32, extents, owners_at)
-        owners = np.frombuffer(packed, np.uint32, extents, owners_at + 4 * extents)
-        return Layer((starts, lengths, owners), np.frombuffer(packed, OWNER, records, 8 * extents), described["counts"])
+        starts_at = OWNER.itemsize * records
+        lengths_at = starts_at + kind.itemsize * extents
+        return Layer(
+            np.frombuffer(packed, kind, extents, starts_at),
+            shift,
+            np.frombuffer(packed, np.uint32, extents, lengths_at),
+            np.frombuffer(packed, np.uint32, extents, lengths_at + 4 * extents),
+            np.frombuffer(packed, OWNER, records),
+            described["counts"],
+        )
 
     def _section(self, number: int) -> bytes:
         at, size, digest = self._sections[number]

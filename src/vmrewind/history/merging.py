@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from vmrewind.errors import CorruptionError, RepositoryError
-from vmrewind.history.index import effective, layer_of, owners_of
+from vmrewind.history.layers import effective, layer_of, owners_of
 from vmrewind.history.merged import Member, MergedTable, member_of, write_table
 from vmrewind.history.rows import DATA_OPS, RecordTables
 from vmrewind.history.stretches import VOID_DISTANCE_MAX, Stretch, live, merged_directory, merged_stretches, next_stretch

@@ -37,10 +37,15 @@ def last_writers(starts: NDArray[np.int64], lengths: NDArray[np.uint32], *, in_r
     return _merge((starts[alone], lengths[alone], owners[alone]), painted)
 
 
+def unit_shift(starts: NDArray[np.int64]) -> int:
+    """How many bits at the end of every start are 0."""
+    unit = int(np.bitwise_or.reduce(starts))
+    return (unit & -unit).bit_length() - 1 if unit else 0
+
+
 def _in_order(starts: NDArray[np.int64], in_runs: bool) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """(the starts in order, the number of each). Offset and number are sorted as one word where they fit: thrice as quick."""
-    unit = int(np.bitwise_or.reduce(starts))
-    shift = (unit & -unit).bit_length() - 1 if unit else 0
+    shift = unit_shift(starts)
     bits = len(starts).bit_length()
     if (int(starts.max()) >> shift).bit_length() + bits > 63:
         order = np.argsort(starts, kind="stable").astype(np.uint32)

@@ -16,7 +16,8 @@ from xxhash import xxh3_64_intdigest
 
 from vmrewind.history.cache import Lru
 from vmrewind.history.gathering import PAD_SIZE, PARTS_MAX, gather
-from vmrewind.history.index import ZEROES, Index, Piece
+from vmrewind.history.index import Index, Piece
+from vmrewind.history.layers import ZEROES
 from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import LocalSource, Source
 from vmrewind.journal.format import ALIGNMENT

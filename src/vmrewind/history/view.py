@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history.cache import Lru
 from vmrewind.history.history import History
-from vmrewind.history.index import ZEROES, Index, Layer, Layers, effective, owners_of
+from vmrewind.history.index import Index
+from vmrewind.history.layers import ZEROES, Layer, Layers, effective, owners_of
 from vmrewind.history.merged import MergedTable
 from vmrewind.history.payloads import Origin, Payloads
 from vmrewind.history.records import Piece, RunRecords, with_columns

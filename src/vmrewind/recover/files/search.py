@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vmrewind.errors import FileError, MomentError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
-from vmrewind.history.index import effective
+from vmrewind.history.layers import effective
 from vmrewind.history.records import RunRecords
 from vmrewind.history.rows import ROW
 from vmrewind.history.sources import Source
