@@ -181,6 +181,35 @@ def test_what_is_kept_is_a_vm_of_its_own(tmp_path: Path) -> None:
     assert "52:54:00:00:00:01" not in (kept / "copy.toml").read_text()
 
 
+@pytest.mark.parametrize("qcow2", [False, True])
+def test_what_is_protected_has_every_write_from_its_first_one_on(tmp_path: Path, qcow2: bool) -> None:
+    with protected(tmp_path, qcow2=qcow2) as vm:
+        vm.start()
+        vm.wait_for("^ACK 2$")
+        with vm.paused():
+            vmrewind("mark", vm.config, "before")
+        vm.wait_for("^GONE$")
+        vm.quit()
+    untouched = digest_of_journal(vm.journal)
+    kept = tmp_path / "kept"
+    with boot(tmp_path / "scratch", vm.config, "--at", "@before", "--keep", kept, "--protect", "--name", "copy") as booted:
+        booted.wait_for("^THERE first life")
+        booted.wait_for("^GONE$")
+        booted.wait_for("kept: ")
+        numbers = re.findall(r"^ACK (\d+)$", booted.console.text(), re.MULTILINE)
+        booted.wait_for(rf"^ACK {int(numbers[-1]) + 3}$")
+        assert booted.end() == 0, booted.console.text()
+        last = int(booted.wait_for(r"^DONE (\d+)")[1])
+        assert "ERR" not in booted.console.text()
+    print(booted.console.text())
+    print(vmrewind("status", "copy", check=False).stdout, vmrewind("timeline", "copy", check=False).stdout)
+    assert digest_of_journal(vm.journal) == untouched
+
+
+def digest_of_journal(journal: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(journal.glob("*.seg")))).hexdigest()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -29,6 +29,7 @@ from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.drill import boot_until
 from vmrewind.recover.drill_machine import machine_of
 from vmrewind.recover.exporting import Exported, exported
+from vmrewind.recover.scratch import scratch_in
 from vmrewind.start.environment import users_umask
 from vmrewind.start.resolve import VM_HELP, StoredVm, open_any
 from vmrewind.vmconfig.model import VmConfig
@@ -205,7 +206,7 @@ class _Tester:
             print(f"bisect: seq {position.seq}: {what}", file=sys.stderr, flush=True)
 
         with exported(
-            self.history, self.targets, position, self.socket, cache=self.cache, scratch=self.scratch, complain=complain
+            self.history, self.targets, position, self.socket, cache=self.cache, changes=scratch_in(self.scratch), complain=complain
         ) as serving:
             code = self.subject.test(serving, position)
         return _SKIP if unreadable else code

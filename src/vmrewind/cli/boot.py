@@ -29,8 +29,11 @@ from vmrewind.recover.boot_machine import Stored, configuration, qemu_line
 from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.recover.keep import Keeping, KeptVm
+from vmrewind.recover.protecting import Protecting
+from vmrewind.recover.scratch import scratch_in
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt, qemu_owner
 from vmrewind.start.places import make_places
+from vmrewind.start.qemu import RECONNECT_SECONDS
 from vmrewind.start.resolve import VM_HELP, StoredVm, open_any
 from vmrewind.vmconfig.beside import beside
 from vmrewind.vmconfig.model import Invalid, check_name
@@ -54,7 +57,7 @@ def boot(
         Parameter(help="Copy its disks to full images in this new directory while it runs, with a TOML file (no libvirt)."),
     ] = None,
     protect: Annotated[
-        bool, Parameter(negative="", help="With --keep: it is a protected VM with a history of its own from its next start on.")
+        bool, Parameter(negative="", help="With --keep: it is a protected VM, with a history of its own from its first write on.")
     ] = False,
     branch: BranchOption = None,
     connect: Annotated[str, Parameter(help="libvirt's URI, for a VM of libvirt.")] = DEFAULT_URI,
@@ -67,7 +70,7 @@ def boot(
     """
     begun = time.monotonic()
     if protect and keep is None:
-        raise UsageError("--protect is for --keep", "what is not kept has no next start: add --keep DIR, or leave it out")
+        raise UsageError("--protect is for --keep", "what is not kept needs no history: add --keep DIR, or leave it out")
     found = open_any(vm)
 
     def say(message: str) -> None:
@@ -106,29 +109,50 @@ def boot(
             if libvirt:
                 # Before any thread starts: they inherit it, and the signals wait for ``sigtimedwait``.
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            cache = opened.enter_context(contextlib.closing(ChunkCache(directory)))
-            serving = opened.enter_context(
-                exported(
-                    history, list(formats), position, paths.nbd_socket, cache=cache, scratch=directory, owner=owner, complain=say
-                )
+            progress = opened.enter_context(byte_progress(json=json))
+            staying: Keeping | Protecting | None = None
+            if keep is not None:
+                url = history.reachable_repository("what --keep names").repository.url
+                url = url if "://" in url else str(Path(url).absolute())
+                kept = KeptVm(own, url, protect)
+                if protect:
+                    of = f"{found.url}/{found.name}" if isinstance(found, StoredVm) else found.name
+                    staying = Protecting(keep, formats, stored.document, kept, of, position, progress, say)
+                else:
+                    staying = Keeping(keep, list(formats), stored.document, kept, progress, say)
+                opened.callback(staying.give_up)
+            serving_until = opened.enter_context(contextlib.ExitStack())
+            cache = serving_until.enter_context(contextlib.closing(ChunkCache(directory)))
+            protecting = staying if isinstance(staying, Protecting) else None
+            changes = protecting.filling if protecting is not None else scratch_in(directory)
+            where = protecting.socket if protecting is not None else paths.nbd_socket
+            serving = serving_until.enter_context(
+                exported(history, list(formats), position, where, cache=cache, changes=changes, owner=owner, complain=say)
             )
             if libvirt:
                 _run_domain(connect, stored, own, formats, serving.socket, wires, ready)
                 return 0
-            command, left_out = qemu_line(stored, own, formats, serving.socket, wires)
-            keeping = None
-            if keep is not None:
-                url = history.reachable_repository("what --keep names").repository.url
-                url = url if "://" in url else str(Path(url).absolute())
-                progress = opened.enter_context(byte_progress(json=json))
-                keeping = Keeping(keep, list(formats), stored.document, KeptVm(own, url, protect), progress, say)
-                opened.callback(keeping.give_up)
+            reconnect_seconds, machine = 0, None
+            if protecting is not None:
+
+                def hand_over() -> None:
+                    serving.hand_over(paths.nbd_socket)
+                    # What is not read any more is not to be held on to for as long as the VM runs.
+                    serving_until.close()
+                    history.close()
+
+                protecting.hand_over = hand_over
+                reconnect_seconds, machine = RECONNECT_SECONDS, protecting.config.uuid
+            command, left_out = qemu_line(
+                stored, own, formats, serving.socket, wires, uuid=machine, reconnect_seconds=reconnect_seconds
+            )
+            if isinstance(staying, Keeping):
                 command.append("-no-shutdown")
             return run_machine(
                 command,
                 console=sys.stderr.fileno() if json else None,
                 ready=lambda pid: ready(left_out, {"pid": pid}),
-                keeping=keeping,
+                staying=staying,
             )
 
 

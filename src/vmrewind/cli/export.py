@@ -22,6 +22,7 @@ from vmrewind.journal.runs import private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
+from vmrewind.recover.scratch import scratch_in
 from vmrewind.start.resolve import open_any
 
 
@@ -61,10 +62,10 @@ def export(
         def complain(what: str) -> None:
             print(f"export: {what}", file=sys.stderr, flush=True)
 
-        changes = directory if writable else None
+        changes = scratch_in(directory if writable else None)
         with (
             closing(ChunkCache(directory)) as cache,
-            exported(history, targets, position, path, cache=cache, scratch=changes, complain=complain) as serving,
+            exported(history, targets, position, path, cache=cache, changes=changes, complain=complain) as serving,
         ):
             uris = serving.uris
             if json:

@@ -16,10 +16,13 @@ from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.history import History
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.format import run_name
+from vmrewind.journal.origin import Origin, filling
 from vmrewind.journal.runs import Position
 from vmrewind.recover.in_place import pending, restore_in_place
 from vmrewind.recover.restore import Restored
 from vmrewind.recover.restore import restore as restore_to_files
+from vmrewind.repository.repository import Repository
+from vmrewind.start.bases import complete_begun
 from vmrewind.start.processes import running
 from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
 
@@ -45,6 +48,9 @@ def restore(
         raise UsageError("--discard-unprotected is for --in-place", "leave it out: --output touches no image of the VM")
     found = open_any(vm)
     own = on_this_host(found, "restored in place") if in_place else None
+    if own is not None and filling(own.journal):
+        at = at or "latest"
+        complete_bases(own, json=json)
     with found.history() as history:
         chosen = Chosen.of(found.name, history, branch, disk)
         targets = chosen.targets
@@ -71,6 +77,21 @@ def restore(
                 assert output is not None, "one of the two is given"
                 restored = restore_to_files(history, targets, position, output, update)
     report(restored, kind, json=json)
+
+
+def complete_bases(own: VmHandle, *, json: bool) -> None:
+    """Make the bases that were begun of another VM's moment, and that what is restored here stands on."""
+    assert own.config is not None and own.config.protection.repository is not None, "it was begun with a repository"
+    disks = [(disk.target, Path(disk.image)) for disk in own.config.protection.disk]
+    with byte_progress(json=json) as update:
+
+        def progress(target: str, done: int, total: int, _sent: int) -> None:
+            update(f"base of {target}", done, total)
+
+        for target, image in disks:
+            repository = Repository.open(own.config.protection.repository).vm(own.name)
+            if Origin.read(own.journal, target) is not None:
+                complete_begun(own.paths, repository, own.journal, image, target, progress)
 
 
 def on_this_host(found: VmHandle | StoredVm, done: str) -> VmHandle:

@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from vmrewind.errors import SpaceError
+from vmrewind.errors import CorruptionError, SpaceError
 from vmrewind.journal.holes import punch_hole
+from vmrewind.journal.origin import Origin
 from vmrewind.journal.runs import ImageIdentity, private_directory, sync_directory
 
 BLOCK: Final = 4096
@@ -341,7 +342,15 @@ class CopyBeforeWrite:
 
 
 def begun_base(journal: Path, target: str) -> tuple[str, float] | None:
-    """(id, how much of the disk it has, 0 to 1) of the base that is being made of a disk; None if none is."""
+    """(id, how much of the disk it has, 0 to 1) of the base that is being made of a disk; None if none is.
+
+    Of one that is made of another VM's moment it is not known how much there is: 0.
+    """
+    try:
+        if (origin := Origin.read(journal, target)) is not None:
+            return origin.base, 0.0
+    except (OSError, CorruptionError):
+        return None
     try:
         found = CopyBeforeWrite.open(journal, target)
     except OSError:

@@ -12,18 +12,31 @@ import sys
 import termios
 from asyncio.subprocess import Process
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from vmrewind.errors import StartError
-from vmrewind.recover.keep import Keeping
 from vmrewind.start.environment import users_umask, without_credentials
 
 _CONNECT_SECONDS = 30
 _QUIT_SECONDS = 10
 
 
-def run_machine(command: Sequence[str], *, console: int | None, ready: Callable[[int], None], keeping: Keeping | None) -> int:
+class Staying(Protocol):
+    """What is done for a VM that is to stay."""
+
+    async def begin(self) -> None:
+        """Before there is a QEMU. What it raises ends all."""
+
+    async def accompany(self, pid: int, monitor: QMPClient, ended: asyncio.Future[int], stop: asyncio.Event) -> int:
+        """While QEMU runs; its exit code, or 0 if it is to be ended. ``stop`` is set each time somebody asks for that."""
+
+    async def end(self) -> None:
+        """Once there is no QEMU any more, if it was begun; whether there was one or not."""
+
+
+def run_machine(command: Sequence[str], *, console: int | None, ready: Callable[[int], None], staying: Staying | None) -> int:
     """Start QEMU, call ``ready`` with its pid once its CPU runs, and wait for its end; its exit code (128 + n for signal n).
 
     SIGINT, SIGTERM and SIGHUP end it. ``console``: the descriptor for its serial console, None for stdout. Raises StartError.
@@ -31,7 +44,7 @@ def run_machine(command: Sequence[str], *, console: int | None, ready: Callable[
     if shutil.which(command[0]) is None:
         raise StartError(f"{command[0]} is not installed here", "install QEMU for this machine type")
     with _terminal():
-        code = asyncio.run(_run(command, console, ready, keeping))
+        code = asyncio.run(_run(command, console, ready, staying))
     return code if code >= 0 else 128 - code
 
 
@@ -50,10 +63,22 @@ def _terminal() -> Iterator[None]:
             termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, before)
 
 
-async def _run(command: Sequence[str], console: int | None, ready: Callable[[int], None], keeping: Keeping | None) -> int:
+async def _run(command: Sequence[str], console: int | None, ready: Callable[[int], None], staying: Staying | None) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    if staying is None:
+        return await _run_qemu(command, console, ready, None, stop)
+    await staying.begin()
+    try:
+        return await _run_qemu(command, console, ready, staying, stop)
+    finally:
+        await staying.end()
+
+
+async def _run_qemu(
+    command: Sequence[str], console: int | None, ready: Callable[[int], None], staying: Staying | None, stop: asyncio.Event
+) -> int:
     ours, theirs = socket.socketpair()
     monitor = QMPClient("boot")
     with ours, theirs:
@@ -71,7 +96,7 @@ async def _run(command: Sequence[str], console: int | None, ready: Callable[[int
         )
         theirs.close()
         try:
-            return await _watch(process, monitor, ours, stop, ready, keeping)
+            return await _watch(process, monitor, ours, stop, ready, staying)
         finally:
             await _end(process, monitor)
 
@@ -82,7 +107,7 @@ async def _watch(
     ours: socket.socket,
     stop: asyncio.Event,
     ready: Callable[[int], None],
-    keeping: Keeping | None,
+    staying: Staying | None,
 ) -> int:
     ended = asyncio.ensure_future(process.wait())
     connected = asyncio.ensure_future(_connect(monitor, ours))
@@ -95,8 +120,8 @@ async def _watch(
         except (QMPError, ConnectionError, EOFError) as error:
             raise StartError(f"QEMU did not start: {error}", "its own message is above") from error
         ready(process.pid)
-        if keeping is not None:
-            return await keeping.accompany(monitor, ended, stop)
+        if staying is not None:
+            return await staying.accompany(process.pid, monitor, ended, stop)
         asked = asyncio.ensure_future(stop.wait())
         await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import uuid as uuids
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,29 +37,38 @@ def configuration(history: History, config: VmConfig | None, position: Position)
 
 
 def qemu_line(
-    stored: Stored, name: str, formats: Mapping[str, str], socket: Path, network: str | None
+    stored: Stored,
+    name: str,
+    formats: Mapping[str, str],
+    socket: Path,
+    network: str | None,
+    *,
+    uuid: str | None = None,
+    reconnect_seconds: int = 0,
 ) -> tuple[list[str], list[str]]:
     """(the command line of a QEMU with the disks at ``socket``, what was left out). ``formats``: of the disks, by target.
 
-    ``network``: the id of a -netdev of the configuration, None for none. The serial console is stdin and stdout. Raises
+    ``network``: the id of a -netdev of the configuration, None for none. ``uuid``: the machine's, by default a new one.
+    ``reconnect_seconds``: how long it keeps a request for a server that is away. The serial console is stdin and stdout. Raises
     ConfigError, UsageError.
     """
     machine = machine_of(stored.document, stored.suffix, stored.origin)
     wires = ["-nic", "none"] if network is None else _wires(machine, network)
-    nodes = nodes_at(socket, formats)
+    nodes = nodes_at(socket, formats, reconnect_seconds)
     command = machine.with_nodes(nodes) + wires
-    command += ["-name", name, "-uuid", str(uuid.uuid4())]
+    command += ["-name", name, "-uuid", uuid or str(uuids.uuid4())]
     command += ["-chardev", "stdio,id=console", "-serial", "chardev:console"]
     return command, machine.left_out
 
 
-def nodes_at(socket: Path, formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def nodes_at(socket: Path, formats: Mapping[str, str], reconnect_seconds: int = 0) -> dict[str, dict[str, Any]]:
     """Block nodes by target of the disks that are served there. ``formats``: of the disks, by target."""
-    return {target: _node(target, kind, socket) for target, kind in formats.items()}
+    return {target: _node(target, kind, socket, reconnect_seconds) for target, kind in formats.items()}
 
 
-def _node(target: str, kind: str, socket: Path) -> dict[str, Any]:
-    nbd = {"driver": "nbd", "server": {"type": "unix", "path": str(socket)}, "export": target, "discard": "unmap"}
+def _node(target: str, kind: str, socket: Path, reconnect_seconds: int) -> dict[str, Any]:
+    nbd: dict[str, Any] = {"driver": "nbd", "server": {"type": "unix", "path": str(socket)}, "export": target, "discard": "unmap"}
+    nbd["reconnect-delay"] = reconnect_seconds
     if kind == "raw":
         return {**nbd, "node-name": target}
     return {"driver": kind, "node-name": target, "discard": "unmap", "file": nbd}

@@ -21,7 +21,7 @@ from vmrewind.errors import VmrewindError
 from vmrewind.history.view import View
 from vmrewind.nbd import protocol as nbd
 from vmrewind.nbd.negotiation import CONTEXT_ID, ExportInfo, Handshake, ProtocolError
-from vmrewind.recover.scratch import Scratch
+from vmrewind.recover.scratch import Overlay
 
 _REQUEST_LENGTH_MAX: Final = 32 << 20
 _THREADS: Final = 4
@@ -44,7 +44,7 @@ class ExportServer:
     ``complain`` is told, once for each reason, why a client got an error.
     """
 
-    def __init__(self, disks: Mapping[str, View | Scratch], listener: socket.socket, complain: Callable[[str], None]) -> None:
+    def __init__(self, disks: Mapping[str, View | Overlay], listener: socket.socket, complain: Callable[[str], None]) -> None:
         self._disks = disks
         self._listener = listener
         self._exports = {name: _export(name, disk) for name, disk in disks.items()}
@@ -118,10 +118,10 @@ class ExportServer:
         self._complain(what)
 
 
-def _export(name: str, disk: View | Scratch) -> ExportInfo:
+def _export(name: str, disk: View | Overlay) -> ExportInfo:
     flags = nbd.FLAG_HAS_FLAGS | nbd.FLAG_SEND_FLUSH | nbd.FLAG_SEND_DF | nbd.FLAG_CAN_MULTI_CONN | nbd.FLAG_SEND_CACHE
     flags |= (
-        nbd.FLAG_SEND_TRIM | nbd.FLAG_SEND_WRITE_ZEROES | nbd.FLAG_SEND_FUA if isinstance(disk, Scratch) else nbd.FLAG_READ_ONLY
+        nbd.FLAG_SEND_TRIM | nbd.FLAG_SEND_WRITE_ZEROES | nbd.FLAG_SEND_FUA if isinstance(disk, Overlay) else nbd.FLAG_READ_ONLY
     )
     return ExportInfo(name, disk.size, flags, 1, 65536, _REQUEST_LENGTH_MAX)
 
@@ -153,7 +153,7 @@ class _Client:
     def __init__(
         self,
         sock: socket.socket,
-        disk: View | Scratch,
+        disk: View | Overlay,
         handshake: Handshake,
         complain: Callable[[str], None],
     ) -> None:
@@ -258,11 +258,13 @@ class _Client:
             return self._data(request, disk)
         if request.command == nbd.CMD_BLOCK_STATUS:
             return self._status(request)
-        if isinstance(disk, Scratch):
+        if isinstance(disk, Overlay):
             if request.command == nbd.CMD_WRITE:
                 disk.write(request.offset, request.payload)
             elif request.command in _CHANGES:
                 disk.zero(request.offset, request.length)
+            if request.command == nbd.CMD_FLUSH or (request.command in _CHANGES and request.flags & nbd.CMD_FLAG_FUA):
+                disk.flush()
         return self._done(request)
 
     def _refusal(self, request: _Request) -> int:
@@ -270,7 +272,7 @@ class _Client:
         allowed = _ALLOWED_FLAGS.get(request.command)
         if allowed is None or request.flags & ~allowed:
             return nbd.EINVAL
-        if request.command in _CHANGES and not isinstance(self._disk, Scratch):
+        if request.command in _CHANGES and not isinstance(self._disk, Overlay):
             return nbd.EPERM
         if request.offset + request.length > self._disk.size:
             return nbd.ENOSPC if request.command in (nbd.CMD_WRITE, nbd.CMD_WRITE_ZEROES) else nbd.EINVAL
@@ -292,7 +294,7 @@ class _Client:
             )
         return nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, request.cookie)
 
-    def _data(self, request: _Request, disk: View | Scratch) -> bytearray:
+    def _data(self, request: _Request, disk: View | Overlay) -> bytearray:
         head = nbd.DATA_CHUNK if self._structured else nbd.SIMPLE_REPLY
         answer = bytearray(head.size + request.length)
         disk.read_into(request.offset, memoryview(answer)[head.size :])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,21 +14,45 @@ from vmrewind.history.view import View
 from vmrewind.journal.runs import Position
 from vmrewind.recover.chunk_cache import ChunkCache, ServedView
 from vmrewind.recover.export_server import ExportServer
-from vmrewind.recover.scratch import Scratch
+from vmrewind.recover.scratch import Overlay
 from vmrewind.start.children import listen
 
 
-@dataclass(frozen=True, slots=True)
 class Exported:
     """Disks by target, and where they are served; an export's name is the disk's target."""
 
-    socket: Path
-    disks: Mapping[str, View | Scratch]
+    def __init__(self, path: Path, disks: Mapping[str, View | Overlay], listener: socket.socket, server: ExportServer) -> None:
+        self.socket = path
+        self.disks = disks
+        self._listener = listener
+        self._server = server
+        self._handed_over = False
 
     @property
     def uris(self) -> dict[str, str]:
         """NBD URIs by target."""
         return {target: f"nbd+unix:///{quote(target, safe='')}?socket={quote(str(self.socket))}" for target in self.disks}
+
+    def hand_over(self, successor: Path) -> None:
+        """Have who listens at ``successor``, a socket on the same file system, serve whoever connects here from now on.
+
+        Clients are hung up on once all that they asked for is done, and none gets to the successor before: so what a client sends
+        again, because it was not answered, cannot be done a second time behind what the client sends afterwards. The path stays.
+        """
+        beside = self.socket.with_suffix(".next")
+        beside.unlink(missing_ok=True)
+        os.link(successor, beside)
+        self._server.stop()
+        beside.replace(self.socket)
+        self._handed_over = True
+        # Those who have connected meanwhile try again, and find the other one.
+        self._listener.close()
+
+    def close(self) -> None:
+        """Hang up on everybody."""
+        self._server.stop()
+        if not self._handed_over:
+            self.socket.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -38,26 +63,27 @@ def exported(
     path: Path,
     *,
     cache: ChunkCache,
-    scratch: Path | None,
+    changes: Callable[[str, View], Overlay] | None,
     complain: Callable[[str], None],
     owner: tuple[int, int] | None = None,
 ) -> Iterator[Exported]:
-    """Serve the disks at ``path``, whose directory is there. ``scratch``: the directory for changes, None for read-only.
+    """Serve the disks at ``path``, whose directory is there. ``changes``: makes of a disk and its view what takes
+    changes; None for read-only.
 
     ``cache``: may be other moments' too, and outlives the block. ``owner``: (uid, gid) of a QEMU that runs as another user. Threads
     begin here and end with the block.
     """
     with ExitStack() as held:
-        disks: dict[str, View | Scratch] = {}
+        disks: dict[str, View | Overlay] = {}
         for target in targets:
             view = ServedView.open(history, target, position)
             view.cache = cache
-            disks[target] = view if scratch is None else Scratch(view, scratch)
-            if isinstance(disk := disks[target], Scratch):
+            disks[target] = view if changes is None else changes(target, view)
+            if isinstance(disk := disks[target], Overlay):
                 held.callback(disk.close)
-        held.callback(path.unlink, missing_ok=True)
         listener = held.enter_context(listen(path, owner))
         server = ExportServer(disks, listener, complain)
+        serving = Exported(path, disks, listener, server)
+        held.callback(serving.close)
         server.start()
-        held.callback(server.stop)
-        yield Exported(path, disks)
+        yield serving

@@ -32,6 +32,7 @@ from vmrewind.history.view import View
 from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.journal.format import run_name
 from vmrewind.journal.identity import image_identity
+from vmrewind.journal.origin import filled, filling
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.recover.blocks import BLOCK, differing_runs
@@ -87,10 +88,15 @@ def restore_in_place(
             raise VmStateError(
                 f"{history.name}: an interrupted restore in place left {', '.join(sorted(others))} half restored", f"add {names}"
             )
+        lacking = filling(journal)
+        if others := set(lacking) - set(images):
+            names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
+            raise VmStateError(f"{history.name}: the images of {', '.join(sorted(others))} are not complete either", f"add {names}")
         if begun is None:
             _recover(journal, list(images))
             _refuse_without_base(history.name, journal, images)
-            if not discard_unprotected:
+            # Images that were never complete hold nothing that history has not.
+            if not discard_unprotected and not lacking:
                 _refuse_unrecorded(history.name, journal, images)
         jobs = []
         for target, path in images.items():
@@ -116,6 +122,7 @@ def restore_in_place(
                 job.write()
         head = Head(position, {job.view.disk.target: job.image.identity() for job in jobs})
         write_durably(journal / "head.json", head.to_json())
+        filled(journal)
         (journal / RESTORE_PENDING).unlink()
         sync_directory(journal)
         return Restored(history.name, position, [job.restored for job in jobs])
@@ -148,6 +155,8 @@ def planned(history: History, target: str, image: Path, position: Position, jour
     """What of a stopped VM's disk a rewind to a position has to look at."""
     if pending(journal) is not None:
         return RewindPlan(target, None, None, "an interrupted restore left it half-way")
+    if target in filling(journal):
+        return RewindPlan(target, None, None, "its image was never complete")
     head = read_head(journal, lambda _: None)
     known = head.images.get(target) if head is not None else None
     if head is None or known is None:

@@ -33,7 +33,7 @@ _MAC: Final = re.compile(r"(?<=mac=)[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
 @dataclass(frozen=True, slots=True)
 class KeptVm:
-    """The VM that the copy is to be: its name, its repository's URL, whether it is protected from its next start on."""
+    """The VM that the copy is to be: its name, its repository's URL, whether it is protected."""
 
     name: str
     repository: str
@@ -41,15 +41,28 @@ class KeptVm:
 
 
 def kept_toml(document: bytes, images: Mapping[str, Path], vm: KeptVm) -> bytes:
-    """The TOML file of a VM of its own: other name, uuid, MAC addresses and images, which are raw. Raises ConfigError."""
+    """The TOML file of a VM of its own: other name, uuid, MAC addresses and images, raw unless it is protected. Raises ConfigError.
+
+    A protected one has the moment's images as they are, since its history begins with them; others are QEMU's copy of the disks.
+    """
     content = tomlkit.parse(relocate_toml(document, images, vm.repository, str(uuid.uuid4()), None).decode())
     plain: Any = content
     plain["name"] = vm.name
     plain["protection"]["enabled"] = vm.protect
-    for disk in plain["protection"]["disk"]:
+    for disk in plain["protection"]["disk"] if not vm.protect else ():
         disk["format"] = "raw"
     plain["qemu"]["command"] = [_MAC.sub(lambda _: random_mac(), str(word)) for word in plain["qemu"]["command"]]
     return tomlkit.dumps(content).encode()
+
+
+def make_directory(directory: Path) -> None:
+    """Make the directory for a VM that is to stay. Raises UsageError."""
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        raise UsageError(f"{directory} exists; nothing is overwritten", "name another directory with --keep") from None
+    except OSError as error:
+        raise UsageError(f"{directory}: {error.strerror}", "name another directory with --keep") from error
 
 
 class Keeping:
@@ -71,12 +84,7 @@ class Keeping:
         self.config = self._directory / f"{vm.name}.toml"
         self._progress = progress
         self._say = say
-        try:
-            directory.mkdir(mode=0o700)
-        except FileExistsError:
-            raise UsageError(f"{directory} exists; nothing is overwritten", "name another directory with --keep") from None
-        except OSError as error:
-            raise UsageError(f"{directory}: {error.strerror}", "name another directory with --keep") from error
+        make_directory(directory)
         self.done = False
 
     def give_up(self) -> None:
@@ -84,7 +92,10 @@ class Keeping:
         if not self.done:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def accompany(self, monitor: QMPClient, ended: asyncio.Future[int], stop: asyncio.Event) -> int:
+    async def begin(self) -> None:
+        """Nothing: QEMU does it all."""
+
+    async def accompany(self, _pid: int, monitor: QMPClient, ended: asyncio.Future[int], stop: asyncio.Event) -> int:
         """Copy while QEMU runs, then stay until it has ended. A guest that shuts down waits for the copy, by -no-shutdown.
 
         A first signal presses the power button once the copy is there; before, it ends all, as does a second one.
@@ -111,29 +122,11 @@ class Keeping:
         sync_directory(self._directory)
         self.done = True
         self._say(f"kept: {self.config}; the VM runs on its own images from here on")
-        pressed_at = None
-        now = asyncio.get_running_loop().time
-        while not ended.done() and (await self._status(monitor)) != "shutdown":
-            if stop.is_set():
-                stop.clear()
-                if pressed_at is not None:
-                    break
-                self._say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
-                pressed_at = now()
-                with contextlib.suppress(QMPError):
-                    await monitor.execute("system_powerdown")
-            if pressed_at is not None and now() > pressed_at + _SHUTDOWN_SECONDS:
-                break
-            await asyncio.wait({ended}, timeout=_POLL_SECONDS)
         asked.cancel()
-        return ended.result() if ended.done() else 0
+        return await until_ended(monitor, ended, stop, self._say)
 
-    async def _status(self, monitor: QMPClient) -> str:
-        try:
-            found: Any = await monitor.execute("query-status")
-        except (QMPError, ConnectionError, EOFError):
-            return "shutdown"
-        return str(found["status"])
+    async def end(self) -> None:
+        """Nothing is left to be done."""
 
     async def _copy(self, monitor: QMPClient) -> None:
         """Raises ImageError, and what QEMU says."""
@@ -187,6 +180,36 @@ class Keeping:
                 await asyncio.to_thread(os.fsync, fd)
             finally:
                 os.close(fd)
+
+
+async def until_ended(monitor: QMPClient, ended: asyncio.Future[int], stop: asyncio.Event, say: Callable[[str], None]) -> int:
+    """Wait until a guest has shut down; its QEMU's exit code, 0 while that still runs.
+
+    The first ``stop`` presses the power button; a second one, or too long a wait, ends the waiting.
+    """
+    pressed_at = None
+    now = asyncio.get_running_loop().time
+    while not ended.done() and (await _status(monitor)) != "shutdown":
+        if stop.is_set():
+            stop.clear()
+            if pressed_at is not None:
+                break
+            say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
+            pressed_at = now()
+            with contextlib.suppress(QMPError):
+                await monitor.execute("system_powerdown")
+        if pressed_at is not None and now() > pressed_at + _SHUTDOWN_SECONDS:
+            break
+        await asyncio.wait({ended}, timeout=_POLL_SECONDS)
+    return ended.result() if ended.done() else 0
+
+
+async def _status(monitor: QMPClient) -> str:
+    try:
+        found: Any = await monitor.execute("query-status")
+    except (QMPError, ConnectionError, EOFError):
+        return "shutdown"
+    return str(found["status"])
 
 
 def _job(target: str) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from vmrewind.errors import ImageError
 from vmrewind.journal.copy_before_write import CopyBeforeWrite, State
 from vmrewind.journal.identity import image_identity
+from vmrewind.journal.runs import ImageIdentity
 from vmrewind.repository.chunks import CHUNK_SIZE, Chunks
 from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.partial import Partial
@@ -146,6 +147,32 @@ def make_begun_base(
     return manifest
 
 
+def make_base_of(
+    repository: VmRepository,
+    source: Source,
+    known: Mapping[int, str | None],
+    *,
+    base_id: str,
+    disk: str,
+    uuid: str,
+    size: int,
+    format: str,  # noqa: A002 - the field's name everywhere
+    backing: str | None,
+    time_ns: int,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Make a base of what ``source`` reads, which is no image here, and put its manifest.
+
+    ``known``: the ids of chunks by number, as far as they are known. Raises what the source and the store raise.
+    """
+    chunks = _Job(repository.repository.chunks, source, size, known, lambda *_: None, progress).run()
+    # No image has this identity, so none is ever taken for this base.
+    identity = ImageIdentity("", size, 0, 0, 0)
+    manifest = Manifest(base_id, disk, uuid, size, CHUNK_SIZE, time_ns, format, backing, identity, tuple(chunks))
+    repository.put_base(manifest)
+    return manifest
+
+
 def _refuse_failed(begun: CopyBeforeWrite, path: Path) -> None:
     if begun.state is State.FAILED:
         raise ImageError(
@@ -154,7 +181,7 @@ def _refuse_failed(begun: CopyBeforeWrite, path: Path) -> None:
         )
 
 
-class _Source(Protocol):
+class Source(Protocol):
     """Where a base's chunks are read."""
 
     def has_data(self, index: int) -> bool:
@@ -173,7 +200,7 @@ class _Job:
     def __init__(
         self,
         chunks: Chunks,
-        source: _Source,
+        source: Source,
         size: int,
         known: Mapping[int, str | None],
         note: Callable[[int, str | None], None],
@@ -241,7 +268,7 @@ class _Still:
         """The extent of data found last: [from, to)."""
 
     def read(self, index: int) -> bytes:
-        """See ``_Source``."""
+        """See ``Source``."""
         offset = index * CHUNK_SIZE
         length = min(CHUNK_SIZE, self._size - offset)
         parts = []
@@ -255,7 +282,7 @@ class _Still:
         return b"".join((*parts, bytes(length)))
 
     def read_again(self, index: int) -> bytes:
-        """See ``_Source``."""
+        """See ``Source``."""
         return self.read(index)
 
     def has_data(self, index: int) -> bool:
@@ -283,19 +310,19 @@ class _Begun:
         self._now = _Still(fd, path, begun.base.size)
 
     def has_data(self, index: int) -> bool:
-        """See ``_Source``."""
+        """See ``Source``."""
         # In this order: a hole that the guest has not written to since it was seen was one then.
         return self._now.has_data(index) or self._begun.touched(index)
 
     def read_again(self, index: int) -> bytes:
-        """See ``_Source``."""
+        """See ``Source``."""
         if self._begun.is_taken(index):
             self._begun.fail(f"the repository has lost chunk {index}, and its old content was not kept any longer")
             _refuse_failed(self._begun, self._path)
         return self.read(index)
 
     def read(self, index: int) -> bytes:
-        """See ``_Source``."""
+        """See ``Source``."""
         try:
             return self._begun.read(self._fd, index)
         except OSError as error:

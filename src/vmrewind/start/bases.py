@@ -17,8 +17,9 @@ from typing import Final
 
 from vmrewind.capture.image import Image
 from vmrewind.errors import CorruptionError, ImageError, StartError, VmrewindError, VmStateError
-from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, begun_base
+from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, begun_base
 from vmrewind.journal.events import EventLog
+from vmrewind.journal.origin import Origin
 from vmrewind.journal.runs import DiskInfo, ImageIdentity, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.repository.base import make_base, make_begun_base
@@ -26,6 +27,7 @@ from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.start import interrupted
 from vmrewind.start.errand import parser, yield_to_the_guest
+from vmrewind.start.origins import complete_from
 from vmrewind.vmconfig.model import VmConfig
 
 _LITTLE: Final = 256 << 20
@@ -149,6 +151,24 @@ def complete(paths: VmPaths, repository: VmRepository, image: Path, begun: CopyB
     return manifest
 
 
+def complete_begun(
+    paths: VmPaths, repository: VmRepository, journal: Path, image: Path, target: str, progress: Progress | None
+) -> Manifest | None:
+    """Make the base that was begun of a disk, of its image or of another VM's moment; None if none was. Raises as those two do."""
+
+    def report(done: int, total: int, sent: int) -> None:
+        if progress is not None:
+            progress(target, done, total, sent)
+
+    if (origin := Origin.read(journal, target)) is not None:
+        return complete_from(paths, journal, target, origin, repository, report)
+    begun = CopyBeforeWrite.open(journal, target)
+    if begun is None:
+        return None
+    with begun:
+        return complete(paths, repository, image, begun, progress)
+
+
 def little_left(journal: Path, disks: Sequence[DiskInfo]) -> bool:
     """Whether the bases that are being made of these disks lack so little that a VM's stop should wait for them."""
     begun = [(disk.size, begun_base(journal, disk.target)) for disk in disks]
@@ -170,32 +190,30 @@ def main() -> int:
     images = {disk.target: Path(disk.image) for disk in VmConfig.load_saved(paths.config).protection.disk}
     code = 0
     for target in given.disks:
-        begun = CopyBeforeWrite.open(given.journal, target)
-        if begun is None:
-            continue
-        with begun:
-            try:
-                began = time.monotonic()
-                sent_bytes = 0
+        try:
+            began = time.monotonic()
+            sent_bytes = 0
 
-                def note(disk: str, _done: int, _total: int, sent: int) -> None:
-                    nonlocal sent_bytes
-                    if sent and not sent_bytes:
-                        interrupted.clear(paths, disk)
-                    sent_bytes = sent
+            def note(disk: str, _done: int, _total: int, sent: int) -> None:
+                nonlocal sent_bytes
+                if sent and not sent_bytes:
+                    interrupted.clear(paths, disk)
+                sent_bytes = sent
 
-                manifest = complete(paths, Repository.open(given.repository).vm(given.vm), images[target], begun, note)
-                interrupted.clear(paths, target)
+            repository = Repository.open(given.repository).vm(given.vm)
+            manifest = complete_begun(paths, repository, given.journal, images[target], target, note)
+            interrupted.clear(paths, target)
+            if manifest is not None:
                 seconds = round(time.monotonic() - began, 3)
                 events.write(
                     "base.made", disk=target, base=manifest.id, bytes=manifest.size, sent_bytes=sent_bytes, seconds=seconds
                 )
-            except (VmrewindError, OSError) as error:
-                if begun.state is not State.FAILED:
-                    code, hint = (error.exit_code, error.hint) if isinstance(error, VmrewindError) else (ImageError.exit_code, "")
-                    events.write("base.interrupted", disk=target, error=str(error), hint=hint)
-                    interrupted.note(paths, target, begun.base.id, f"{error} ({hint})" if hint else str(error))
-                sys.stderr.write(f"base: {given.vm}: {error}\n")
+        except (VmrewindError, OSError) as error:
+            if (unmade := begun_base(given.journal, target)) is not None:
+                code, hint = (error.exit_code, error.hint) if isinstance(error, VmrewindError) else (ImageError.exit_code, "")
+                events.write("base.interrupted", disk=target, error=str(error), hint=hint)
+                interrupted.note(paths, target, unmade[0], f"{error} ({hint})" if hint else str(error))
+            sys.stderr.write(f"base: {given.vm}: {error}\n")
     return code
 
 

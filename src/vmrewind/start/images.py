@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vmrewind.capture.recovery import find_end, recover
 from vmrewind.errors import ImageError, SupersededError, VmrewindError, VmStateError
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.runs import RESTORE_PENDING, TAKEOVER_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
 from vmrewind.vmconfig.model import DiskConfig, VmConfig
 
@@ -23,11 +24,16 @@ def check_image(disk: DiskConfig) -> None:
 
 
 def refuse_half_restored(name: str, journal: Path) -> None:
-    """Raise VmStateError if a restore in place was interrupted: the images are between two moments."""
+    """Raise VmStateError if the images hold no moment: a restore in place was interrupted, or they were never complete."""
     if (journal / RESTORE_PENDING).exists():
         raise VmStateError(
             f"{name}: a restore in place was interrupted, so its images are half old and half restored",
             f"run `vmrewind restore {name} --in-place` again: it completes it",
+        )
+    if (journal / FILLING).exists():
+        raise VmStateError(
+            f"{name}: `vmrewind boot` was ended before its images were complete",
+            f"run `vmrewind restore {name} --in-place`: it completes them, with all that the VM wrote",
         )
 
 

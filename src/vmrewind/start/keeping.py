@@ -12,8 +12,9 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from vmrewind.errors import CorruptionError, VmStateError
@@ -104,17 +105,19 @@ class Keeper:
         say: Callable[[str], None],
         progress: Progress | None = None,
         backup: Sequence[str] = (),
+        filling: Mapping[str, str] = MappingProxyType({}),
     ) -> VmConfig:
         """Create capture, read the configuration, assign the disks, create ship. On failure nothing is left behind.
 
-        ``backup``: disks that get a new base in any case, before they are assigned; ``progress`` is told of that.
+        ``backup``: disks that get a new base in any case, before they are assigned; ``progress`` is told of that. ``filling``: as
+        for ``Planner.plan``.
         """
         make_places(self.paths, self._owner)
         self._lock_vm()
         await clear_leftovers(self.paths)
         self.events.write("start.begin", vm=self.storage.name, run=self.run_name, mode=self.mode)
         try:
-            return await self._bring_up(load, say, progress, backup)
+            return await self._bring_up(load, say, lambda planner: planner.plan(self.run, backup, filling), progress)
         except BaseException as error:
             self.events.write("start.failed", error=str(error) or type(error).__name__)
             await self.stop()
@@ -132,7 +135,11 @@ class Keeper:
                         remove(self.storage.journal, target)
 
     async def _bring_up(
-        self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None, backup: Sequence[str]
+        self,
+        load: Callable[[], VmConfig],
+        say: Callable[[str], None],
+        plan_run: Callable[[Planner], Plan],
+        progress: Progress | None,
     ) -> VmConfig:
         listeners = (self._listen(self.nbd_socket, self._owner), self._listen(self.paths.control_socket))
         storage = self.storage
@@ -147,7 +154,7 @@ class Keeper:
 
         def make_plan() -> Plan:
             planner = Planner.of(config, self.paths, storage.journal, self.events, say, progress, alone=self.mode == "alone")
-            return planner.plan(self.run, backup)
+            return plan_run(planner)
 
         plan = await asyncio.to_thread(make_plan)
         self._rename(plan.info.run)

@@ -13,6 +13,7 @@ from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal.copy_before_write import CopyBeforeWrite, State
 from vmrewind.journal.format import run_name
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
 from vmrewind.paths import state_root
@@ -117,6 +118,12 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         _ask_journal(handle, carried_disks(handle.paths, config.protection), result)
     if (handle.journal / RESTORE_PENDING).exists():
         problems.append("a restore in place was interrupted: run it again to complete it")
+    if (handle.journal / FILLING).exists():
+        problems.append(
+            "its images are being completed by `vmrewind boot`"
+            if keeping is not None
+            else f"its images are not complete: `vmrewind restore {handle.name} --in-place` completes them"
+        )
     return result
 
 

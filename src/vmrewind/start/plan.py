@@ -15,6 +15,7 @@ import uuid as uuids
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from vmrewind.capture.image import Image
 from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmStateError
@@ -22,6 +23,7 @@ from vmrewind.history.branch import last_takeover
 from vmrewind.history.configuration import config_digest
 from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, remove
 from vmrewind.journal.events import EventLog
+from vmrewind.journal.origin import Origin
 from vmrewind.journal.runs import (
     Discontinuity,
     ImageIdentity,
@@ -33,7 +35,7 @@ from vmrewind.journal.state import boot_id
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.ship.noted import forget_shipped_elsewhere
-from vmrewind.start.bases import Progress, back_up, begin, complete, is_of, matching_base
+from vmrewind.start.bases import Progress, back_up, begin, complete_begun, is_of, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
 from vmrewind.start.images import refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
@@ -100,12 +102,14 @@ class Planner:
         answer = ask(config.protection.repository, config.name, journal)
         return cls(config, paths, journal, events, say, progress, answer)
 
-    def plan(self, run: int, backup: Sequence[str] = ()) -> Plan:
+    def plan(self, run: int, backup: Sequence[str] = (), filling: Mapping[str, str] = MappingProxyType({})) -> Plan:
         """Finish the past, make the bases that are missing, and describe the run. Raises what stops a start.
 
-        ``backup``: disks that get a base whether they need one or not, and whatever their size is now.
+        ``backup``: disks that get a base whether they need one or not, and whatever their size is now. ``filling``: bases by disk
+        that are made of another VM's moment, which the caller puts into the images while the run goes on.
         """
-        self.refuse_pending_restore()
+        if not filling:
+            self.refuse_pending_restore()
         vm_uuid = self.vm_uuid()
         if self.repository is not None:
             self.repository.register(vm_uuid)
@@ -129,7 +133,7 @@ class Planner:
                     self._check_size(image, past, vm_uuid)
                 image.extend()
                 continuous = self._continues(image, past)
-                base = self._matching_base(image, vm_uuid)
+                base = filling.get(image.target) or self._matching_base(image, vm_uuid)
                 begun = self._begun(image, past)
                 if image.target in backup:
                     base = self._back_up(image, vm_uuid, begun)
@@ -273,6 +277,8 @@ class Planner:
 
         It can if all that was written to the image since is known: by those who keep what the base does not have yet.
         """
+        if (origin := Origin.read(self.journal, image.target)) is not None:
+            return origin.base
         begun = CopyBeforeWrite.open(self.journal, image.target)
         if begun is None:
             remove(self.journal, image.target)
@@ -335,12 +341,10 @@ class Planner:
     def _back_up(self, image: Image, vm_uuid: str, begun: str | None) -> str:
         """Make a base before the run begins, after the one that is still being made: what was written in between needs that."""
         repository = self._reachable(image)
-        found = CopyBeforeWrite.open(self.journal, image.target) if begun is not None else None
-        if found is not None:
-            with found:
-                self.say(f"{image.target}: completing base {begun}, which was begun before")
-                complete(self.paths, repository, Path(image.path), found, self.progress)
-                self.events.write("base.made", disk=image.target, base=begun, bytes=image.size)
+        if begun is not None:
+            self.say(f"{image.target}: completing base {begun}, which was begun before")
+            complete_begun(self.paths, repository, self.journal, Path(image.path), image.target, self.progress)
+            self.events.write("base.made", disk=image.target, base=begun, bytes=image.size)
         self.say(f"{image.target}: making a base (full backup): a backup was asked for")
         manifest = back_up(self.paths, repository, image, vm_uuid, self.progress)
         self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)

@@ -1,0 +1,82 @@
+"""What a VM that was begun from another one's moment still lacks: two kinds of small files in its journal's directory.
+
+``filling.json``: the images do not hold all of that moment yet, so nobody may start on them. ``origin-<disk>.json``: the disk's
+first base, which is that moment, is not in the repository yet. Each is there before the guest's first write, and goes once its
+subject is durable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vmrewind.errors import CorruptionError
+from vmrewind.journal.format import run_name
+from vmrewind.journal.runs import Position, sync_directory, write_durably
+
+FILLING = "filling.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The moment that a disk was begun from, and the id of the base that is to be made of it.
+
+    ``vm`` is the other VM as commands take it: a name, or URL/VM.
+    """
+
+    vm: str
+    position: Position
+    base: str
+    uuid: str
+
+    def write(self, journal: Path, target: str) -> None:
+        """Note durably that the base of a disk is to be made."""
+        plain = asdict(self) | {"position": asdict(self.position) | {"run": run_name(self.position.run)}}
+        write_durably(_path(journal, target), json.dumps(plain).encode() + b"\n")
+
+    @classmethod
+    def read(cls, journal: Path, target: str) -> Origin | None:
+        """That of a disk, None if no base of it is to be made from elsewhere. Raises CorruptionError."""
+        path = _path(journal, target)
+        try:
+            plain = json.loads(path.read_bytes())
+            where = plain["position"]
+            position = Position(int(where["run"], 16), int(where["seq"]), int(where["time_ns"]))
+            return cls(str(plain["vm"]), position, str(plain["base"]), str(plain["uuid"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptionError(f"{path}: cannot be read: {error!r}", "what needs that base is lost; remove the file") from error
+
+
+def made(journal: Path, target: str) -> None:
+    """The disk's base is in the repository."""
+    _path(journal, target).unlink(missing_ok=True)
+    sync_directory(journal)
+
+
+def note_filling(journal: Path, targets: Sequence[str]) -> None:
+    """Note durably that the images of these disks are not complete."""
+    write_durably(journal / FILLING, json.dumps({"disks": list(targets)}).encode() + b"\n")
+
+
+def filling(journal: Path) -> list[str]:
+    """The disks whose images are not complete. Raises CorruptionError."""
+    try:
+        return [str(target) for target in json.loads((journal / FILLING).read_bytes())["disks"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
+
+
+def filled(journal: Path) -> None:
+    """The images are complete, and durably so."""
+    (journal / FILLING).unlink(missing_ok=True)
+    sync_directory(journal)
+
+
+def _path(journal: Path, target: str) -> Path:
+    return journal / f"origin-{target}.json"

@@ -1,0 +1,178 @@
+"""A booted moment that becomes a protected VM of its own: every write from the first one on is journaled, by a capture of its own.
+
+Its disks are images that come to hold the moment while the VM runs (``filling``), its first bases are the moment itself, made of
+the other VM's history meanwhile (``start/origins.py``). Neither is needed before the guest runs, and neither's loss costs a write:
+what the guest wrote is in the journal, and what it wrote on is the moment. Once the images are complete, QEMU is led from this
+process's server to capture itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qemu.qmp import QMPClient
+
+from vmrewind.errors import UsageError, VmrewindError
+from vmrewind.history.view import View
+from vmrewind.journal.origin import Origin, filled, note_filling
+from vmrewind.journal.runs import Position, private_directory, sync_directory, write_durably
+from vmrewind.paths import VmPaths
+from vmrewind.recover.filling import Filling
+from vmrewind.recover.keep import KeptVm, kept_toml, make_directory, until_ended
+from vmrewind.recover.restore import Progress
+from vmrewind.repository.manifest import new_base_id
+from vmrewind.start.keeping import Keeper
+from vmrewind.start.serving import Storage
+from vmrewind.vmconfig.model import VmConfig
+from vmrewind.vmconfig.toml import load_toml
+
+_RETRY_SECONDS = 5.0
+
+
+class Protecting:
+    """The VM ``vm`` in ``directory``, which is made: its TOML file and an image for each disk. ``formats``: of those, by target.
+
+    ``of`` and ``position``: the VM, as commands take it, and the moment that it begins from. ``document``: the TOML file in force
+    then. Raises ConfigError, UsageError.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        formats: Mapping[str, str],
+        document: bytes,
+        vm: KeptVm,
+        of: str,
+        position: Position,
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        self._directory = directory.absolute()
+        self.images = {target: self._directory / f"{target}.{kind}" for target, kind in formats.items()}
+        text = kept_toml(document, self.images, vm)
+        self._paths = VmPaths(vm.name)
+        if self._paths.state.exists():
+            raise UsageError(f"there was a VM called {vm.name} here: {self._paths.state}", "give it another name with --name")
+        make_directory(directory)
+        self._path = self._directory / f"{vm.name}.toml"
+        self._origin = (of, position)
+        self._progress = progress
+        self._say = say
+        self._fillings: dict[str, Filling] = {}
+        self.hand_over: Callable[[], None] = lambda: None
+        """Leads QEMU to capture."""
+        self._keeper: Keeper | None = None
+        self._ran = False
+        self._stop = asyncio.Event()
+        self._ending = threading.Event()
+        self._filling: asyncio.Task[None] | None = None
+        try:
+            write_durably(self._path, text)
+            self.config: VmConfig = load_toml(self._path)
+        except BaseException:
+            self.give_up()
+            raise
+
+    @property
+    def socket(self) -> Path:
+        """Where QEMU connects to: this process first, then capture."""
+        return self._paths.runtime / "boot.sock"
+
+    @property
+    def journal(self) -> Path:
+        """Its journal's directory."""
+        return self._paths.default_journal
+
+    def filling(self, target: str, view: View) -> Filling:
+        """A disk that QEMU is to run on. Raises ImageError, SpaceError."""
+        made = self._fillings[target] = Filling(view, self.images[target], target, self._paths.nbd_socket)
+        return made
+
+    def give_up(self) -> None:
+        """Remove everything, unless a guest has run."""
+        if not self._ran:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self._paths.state, ignore_errors=True)
+
+    async def begin(self) -> None:
+        """Bring capture and ship up, with the disks assigned. Raises what stops a start."""
+        of, position = self._origin
+        private_directory(self.journal)
+        assert self.config.uuid is not None, "it was given one"
+        bases = {target: new_base_id(time.time_ns()) for target in self.images}
+        for target, base in bases.items():
+            Origin(of, position, base, self.config.uuid).write(self.journal, target)
+        note_filling(self.journal, list(self.images))
+        sync_directory(self._directory)
+        given = self.config.protection
+        keeper = Keeper(Storage(self.config.name, self.journal, given.journal_size, given.local_history), "direct")
+        await keeper.bring_up(lambda: self.config, self._say, filling=bases)
+        self._keeper = keeper
+
+    async def accompany(self, pid: int, monitor: QMPClient, ended: asyncio.Future[int], stop: asyncio.Event) -> int:
+        """Complete the images while QEMU runs, and stay until it has ended. A first signal presses the power button."""
+        assert self._keeper is not None, "it was begun"
+        self._ran = True
+        self._stop = stop
+        self._keeper.qemu_started(pid)
+        self._keeper.events.write("cpu.started")
+        self._filling = asyncio.create_task(self._fill())
+        return await until_ended(monitor, ended, stop, self._say)
+
+    async def end(self) -> None:
+        """Complete the images, if nobody is in a hurry, and end the run."""
+        assert self._keeper is not None, "it was begun"
+        name = self.config.name
+        if self._filling is not None and not self._filling.done():
+            self._stop.clear()
+            self._say(f"{name} has ended, and its images are completed; Ctrl-C leaves that to a later command")
+            asked = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait({self._filling, asked}, return_when=asyncio.FIRST_COMPLETED)
+            asked.cancel()
+        self._ending.set()
+        for filling in self._fillings.values():
+            filling.abandon()
+        if self._filling is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._filling
+        await self._keeper.stop()
+        self.socket.unlink(missing_ok=True)
+        if not self._ran:
+            return
+        for words in self._keeper.left_behind:
+            self._say(words)
+        if any(not filling.complete for filling in self._fillings.values()):
+            self._say(f"{name}: its images are not complete: `vmrewind restore {name} --in-place` completes them")
+
+    async def _fill(self) -> None:
+        for target, filling in self._fillings.items():
+            await self._fill_one(target, filling)
+        if self._ending.is_set():
+            return
+        # From here on the VM may start on them.
+        await asyncio.to_thread(filled, self.journal)
+        await asyncio.to_thread(self.hand_over)
+        self._say(f"kept: {self._path}; {self.config.name} runs on its own images from here on")
+
+    async def _fill_one(self, target: str, filling: Filling) -> None:
+        def progress(done: int, total: int) -> None:
+            self._progress(f"copy of {target}", done, total)
+
+        told = ""
+        while not self._ending.is_set():
+            try:
+                await asyncio.to_thread(filling.fill, self._ending, progress)
+                return
+            except VmrewindError as error:
+                # The guest runs on the moment all the same.
+                words = f"{error} ({error.hint})" if error.hint else str(error)
+                if words != told:
+                    told = words
+                    self._say(f"{target}: cannot be copied now, and is tried again: {words}")
+            await asyncio.to_thread(self._ending.wait, _RETRY_SECONDS)
