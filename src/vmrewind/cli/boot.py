@@ -34,7 +34,7 @@ from vmrewind.recover.scratch import scratch_in
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt, qemu_owner
 from vmrewind.start.places import make_places
 from vmrewind.start.qemu import RECONNECT_SECONDS
-from vmrewind.start.resolve import VM_HELP, StoredVm, open_any
+from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
 from vmrewind.vmconfig.beside import beside
 from vmrewind.vmconfig.model import Invalid, check_name
 
@@ -116,7 +116,7 @@ def boot(
                 url = url if "://" in url else str(Path(url).absolute())
                 kept = KeptVm(own, url, protect)
                 if protect:
-                    of = f"{found.url}/{found.name}" if isinstance(found, StoredVm) else found.name
+                    of = _lasting(vm, found)
                     staying = Protecting(keep, formats, stored.document, kept, of, position, progress, say)
                 else:
                     staying = Keeping(keep, list(formats), stored.document, kept, progress, say)
@@ -157,6 +157,13 @@ def boot(
 
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def _lasting(argument: str, found: VmHandle | StoredVm) -> str:
+    """The VM as a command in another directory can take it, and after its TOML file has gone if it can."""
+    if isinstance(found, StoredVm):
+        return f"{found.url}/{found.name}" if "://" in found.url else f"{Path(found.url).absolute()}/{found.name}"
+    return found.name if found.paths.config.exists() else str(Path(argument).absolute())
 
 
 def _moment(position: Position) -> str:
