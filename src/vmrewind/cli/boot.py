@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
@@ -29,7 +29,6 @@ from vmrewind.recover.boot_machine import Stored, configuration, qemu_line
 from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.recover.keep import Keeping, KeptVm
-from vmrewind.recover.protecting import Protecting
 from vmrewind.recover.scratch import scratch_in
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt, qemu_owner
 from vmrewind.start.places import make_places
@@ -37,6 +36,9 @@ from vmrewind.start.qemu import RECONNECT_SECONDS
 from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
 from vmrewind.vmconfig.beside import beside
 from vmrewind.vmconfig.model import Invalid, check_name
+
+if TYPE_CHECKING:
+    from vmrewind.recover.protecting import Protecting
 
 _POLL_SECONDS = 0.5
 
@@ -109,21 +111,24 @@ def boot(
             if libvirt:
                 # Before any thread starts: they inherit it, and the signals wait for ``sigtimedwait``.
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            progress = opened.enter_context(byte_progress(json=json))
-            staying: Keeping | Protecting | None = None
+            keeping: Keeping | None = None
+            protecting: Protecting | None = None
             if keep is not None:
                 url = history.reachable_repository("what --keep names").repository.url
                 url = url if "://" in url else str(Path(url).absolute())
+                progress = opened.enter_context(byte_progress(json=json))
                 kept = KeptVm(own, url, protect)
                 if protect:
-                    of = _lasting(vm, found)
-                    staying = Protecting(keep, formats, stored.document, kept, of, position, progress, say)
+                    # Not needed otherwise, and not quickly loaded.
+                    from vmrewind.recover.protecting import Protecting
+
+                    protecting = Protecting(keep, formats, stored.document, kept, _lasting(vm, found), position, progress, say)
+                    opened.callback(protecting.give_up)
                 else:
-                    staying = Keeping(keep, list(formats), stored.document, kept, progress, say)
-                opened.callback(staying.give_up)
+                    keeping = Keeping(keep, list(formats), stored.document, kept, progress, say)
+                    opened.callback(keeping.give_up)
             serving_until = opened.enter_context(contextlib.ExitStack())
             cache = serving_until.enter_context(contextlib.closing(ChunkCache(directory)))
-            protecting = staying if isinstance(staying, Protecting) else None
             changes = protecting.filling if protecting is not None else scratch_in(directory)
             where = protecting.socket if protecting is not None else paths.nbd_socket
             serving = serving_until.enter_context(
@@ -146,13 +151,13 @@ def boot(
             command, left_out = qemu_line(
                 stored, own, formats, serving.socket, wires, uuid=machine, reconnect_seconds=reconnect_seconds
             )
-            if isinstance(staying, Keeping):
+            if keeping is not None:
                 command.append("-no-shutdown")
             return run_machine(
                 command,
                 console=sys.stderr.fileno() if json else None,
                 ready=lambda pid: ready(left_out, {"pid": pid}),
-                staying=staying,
+                staying=keeping or protecting,
             )
 
 
