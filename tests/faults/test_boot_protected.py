@@ -288,17 +288,16 @@ def test_killed_before_the_images_are_complete(source: Source, tmp_path: Path, *
         assert copy.filling()
         copy.process.kill()
         copy.process.wait()
-        _end_what_is_left(copy.name)
         if host_died:
+            _end_what_is_left(copy.name)
             with open(copy.paths.default_journal / "capture.state", "r+b") as state:
                 state.seek(ANOTHER_BOOT)
                 state.write(os.urandom(16))
-        refused = vmrewind("backup", copy.config, check=False)
-        assert refused.returncode == 8 and f"vmrewind restore {copy.name} --in-place" in " ".join(refused.stderr.split())
-        assert any(
-            "not complete" in problem
-            for problem in json.loads(vmrewind("status", copy.name, "--json", check=False).stdout)["problems"]
-        )
+            refused = vmrewind("backup", copy.config, check=False)
+            assert refused.returncode == 8 and f"vmrewind restore {copy.name} --in-place" in " ".join(refused.stderr.split())
+        status = json.loads(vmrewind("status", copy.name, "--json", check=False).stdout)
+        assert any("not complete" in problem for problem in status["problems"])
+        # Capture may be alive still.
         vmrewind("restore", copy.name, "--in-place")
         copy.check()
         vmrewind("backup", copy.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json as json_module
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from vmrewind.recover.restore import Restored
 from vmrewind.recover.restore import restore as restore_to_files
 from vmrewind.repository.repository import Repository
 from vmrewind.start.bases import complete_begun
+from vmrewind.start.leftovers import clear_leftovers
 from vmrewind.start.processes import running
 from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
 
@@ -101,7 +103,11 @@ def on_this_host(found: VmHandle | StoredVm, done: str) -> VmHandle:
             f"{found.url}/{found.name}: the images of a VM in a repository are not here, so they cannot be {done}",
             "use --output DIR; `vmrewind takeover` brings the VM up on this host",
         )
-    if running(found.paths):
+    keeping = running(found.paths)
+    if keeping is not None and not keeping.keeper.alive:
+        # What it left behind has the images, for nobody; a QEMU that lives refuses that.
+        asyncio.run(clear_leftovers(found.paths))
+    elif keeping is not None:
         raise VmStateError(f"{found.name} is running", "stop it first, or restore to files with --output DIR")
     return found
 

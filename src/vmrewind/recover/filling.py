@@ -30,7 +30,6 @@ class Filling(Overlay):
 
     def __init__(self, view: View, image: Path, target: str, socket: Path) -> None:
         self.image = image
-        self.complete = False
         self._changing = threading.Lock()
         # Flushes take long, and the next write need not wait for them.
         self._writer = NbdClient(socket, target)
@@ -76,7 +75,6 @@ class Filling(Overlay):
                 self._fill(at, min(at + _PIECE, self.size))
                 progress(min(at + _PIECE, self.size), self.size)
             os.fsync(self._fd)
-            self.complete = True
         except OSError as error:
             raise self._refused(error) from error
 

@@ -9,7 +9,6 @@ process's server to capture itself.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import threading
 import time
@@ -20,7 +19,7 @@ from qemu.qmp import QMPClient
 
 from vmrewind.errors import UsageError, VmrewindError
 from vmrewind.history.view import View
-from vmrewind.journal.origin import Origin, filled, note_filling
+from vmrewind.journal.origin import FILLING, Origin, filled, note_filling
 from vmrewind.journal.runs import Position, private_directory, sync_directory, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.recover.filling import Filling
@@ -138,16 +137,17 @@ class Protecting:
         self._ending.set()
         for filling in self._fillings.values():
             filling.abandon()
-        if self._filling is not None:
-            with contextlib.suppress(asyncio.CancelledError):
+        try:
+            if self._filling is not None:
                 await self._filling
-        await self._keeper.stop()
-        self.socket.unlink(missing_ok=True)
+        finally:
+            await self._keeper.stop()
+            self.socket.unlink(missing_ok=True)
         if not self._ran:
             return
         for words in self._keeper.left_behind:
             self._say(words)
-        if any(not filling.complete for filling in self._fillings.values()):
+        if (self.journal / FILLING).exists():
             self._say(f"{name}: its images are not complete: `vmrewind restore {name} --in-place` completes them")
 
     async def _fill(self) -> None:
@@ -155,9 +155,13 @@ class Protecting:
             await self._fill_one(target, filling)
         if self._ending.is_set():
             return
-        # From here on the VM may start on them.
-        await asyncio.to_thread(filled, self.journal)
-        await asyncio.to_thread(self.hand_over)
+        try:
+            # From here on the VM may start on them.
+            await asyncio.to_thread(filled, self.journal)
+            await asyncio.to_thread(self.hand_over)
+        except OSError as error:
+            self._say(f"{self.config.name}: {error}: its disks stay behind this command until it ends")
+            return
         self._say(f"kept: {self._path}; {self.config.name} runs on its own images from here on")
 
     async def _fill_one(self, target: str, filling: Filling) -> None:

@@ -121,7 +121,7 @@ def overview(handle: VmHandle) -> dict[str, Any]:
     if (handle.journal / FILLING).exists():
         problems.append(
             "its images are being completed by `vmrewind boot`"
-            if keeping is not None
+            if keeping is not None and keeping.keeper.alive
             else f"its images are not complete: `vmrewind restore {handle.name} --in-place` completes them"
         )
     return result
