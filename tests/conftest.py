@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+import guests.protected
+from tests.warm import WarmCommands
+
 # No deadline: the machine's speed is not what a property test is about. The blob replays a failure anywhere.
 settings.register_profile("vmrewind", deadline=None, print_blob=True)
 settings.load_profile("vmrewind")
@@ -19,6 +22,14 @@ settings.load_profile("vmrewind")
 # A process of a thousand tests holds more files than a login shell's 1024: journals are left open as capture leaves its own.
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
+
+
+_commands = WarmCommands()
+guests.protected.run_command = _commands
+
+
+def pytest_unconfigure() -> None:
+    _commands.end()
 
 
 @pytest.fixture(autouse=True)

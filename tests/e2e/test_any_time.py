@@ -15,6 +15,8 @@ from guests.images import qcow2_overlay, qcow2_to_raw
 from guests.protected import Disk, ProtectedVm, vmrewind
 from guests.writer import acknowledged, errors
 from tests.vm_tools import check_files, files_in, restore, writer_vm
+from vmrewind.paths import VmPaths
+from vmrewind.start.processes import Keeping
 
 Noted = tuple[str, list[int]]
 """A time as a user would write it, and the numbers that the guest had been told are safe before it."""
@@ -56,10 +58,11 @@ def test_capture_killed_twenty_times_under_a_writing_guest(tmp_path: Path) -> No
         while len(killed) < 20:
             assert time.monotonic() < deadline, f"{len(killed)} kills in time"
             assert vm.running()
-            capture = vm.status()["processes"]["capture"]
-            if capture["alive"] and capture["pid"] not in killed:
-                killed.add(capture["pid"])
-                os.kill(capture["pid"], signal.SIGKILL)
+            keeping = Keeping.read(VmPaths(vm.name))
+            capture = keeping and keeping.capture
+            if capture is not None and capture.alive and capture.pid not in killed:
+                killed.add(capture.pid)
+                os.kill(capture.pid, signal.SIGKILL)
                 if len(killed) % 4 == 0:
                     noted.append(note(vm))
             else:

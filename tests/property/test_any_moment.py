@@ -12,7 +12,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 import nbd as libnbd
 import pytest
 
+from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import WAIT_SECONDS, Entry, first_difference, journal_entries, until
 from vmrewind.history.history import History
 from vmrewind.history.view import View
@@ -31,7 +31,6 @@ from vmrewind.repository.repository import Repository
 
 VM = "web01"
 SIZES = {"vda": 192 << 10, "vdb": (320 << 10) + 512}
-COMMAND = str(Path(sys.executable).parent / "vmrewind")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Vm:
     def running(self) -> Iterator[dict[str, libnbd.NBD]]:
         """One run of it; clients of its disks. It ends cleanly, with everything shipped."""
         with open(self.directory / "stderr", "ab") as stderr:
-            process = subprocess.Popen([COMMAND, "capture", str(self.toml)], stdout=subprocess.PIPE, stderr=stderr)
+            process = subprocess.Popen([VMREWIND, "capture", str(self.toml)], stdout=subprocess.PIPE, stderr=stderr)
         assert process.stdout is not None
         try:
             line = process.stdout.readline()
@@ -176,12 +175,6 @@ class Vm:
     def note_entries(self) -> None:
         """Read the journal while it is there."""
         self._entries = self.entries()
-
-
-def vmrewind(*words: object) -> str:
-    done = subprocess.run([COMMAND, *map(str, words)], check=False, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-    return done.stdout
 
 
 def check_views(vm: Vm, history: History, every: int) -> int:

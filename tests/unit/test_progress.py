@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from guests.protected import VMREWIND
+from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import Client
 from tests.damage_tools import World, kind_of, make_world
 from tests.e2e.test_start_after import Alone
@@ -80,7 +80,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 def events_of(*arguments: str | Path) -> tuple[str, set[str]]:
     """The last line of stdout with --json, and what progress was told about on stderr."""
-    done = subprocess.run([VMREWIND, *arguments, "--json"], capture_output=True, text=True, timeout=120, check=True)
+    done = vmrewind(*arguments, "--json")
     events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
     assert all(event["event"] == "progress" for event in events)
     assert "progress" not in done.stdout
@@ -98,7 +98,7 @@ def vm(tmp_path: Path) -> Path:
         'name = "web"\n[protection]\nenabled = true\nrepository = "repo"\njournal_size = "16MiB"\n'
         '[[protection.disk]]\ntarget = "vda"\nimage = "vda.raw"\n[qemu]\ncommand = ["qemu-system-x86_64", "-accel", "tcg"]\n'
     )
-    subprocess.run([VMREWIND, "init", directory / "repo"], check=True, stdout=subprocess.DEVNULL)
+    vmrewind("init", directory / "repo")
     return directory / "web.toml"
 
 
