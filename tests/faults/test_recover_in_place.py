@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
-import subprocess
-import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,27 +141,34 @@ def test_damage_is_found_before_anything_changes(made: Stopped) -> None:
     assert pending(made.journal) is None
 
 
-_RESTORE = """
-import os, sys, json
-from pathlib import Path
-from vmrewind.history.history import History
-from vmrewind.journal.runs import Position
-from vmrewind.recover.in_place import restore_in_place
-from vmrewind.repository.repository import Repository
-arguments = json.loads(sys.argv[1])
-left = arguments["writes"]
-for name in ("pwrite", "unlink", "replace", "fsync"):
-    def counted(*given, real=getattr(os, name), **more):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), 9)
-        left -= 1
-        return real(*given, **more)
-    setattr(os, name, counted)
-with History.open("web01", Path(arguments["journal"]), Repository.open(arguments["repository"]).vm("web01")) as history:
-    images = {target: Path(path) for target, path in arguments["images"].items()}
-    restore_in_place(history, images, Position(*arguments["position"]), Path(arguments["journal"]), lambda *_: None)
-"""
+def restored_or_killed(made: Stopped, position: Position, steps: int, *, only_changed: bool = False) -> bool:
+    """Restore in place in a process of its own that is killed after so many steps; False if it was."""
+    child = os.fork()
+    if child == 0:
+        left = steps
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*given: Any, **named: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return real(*given, **named)
+
+            return call
+
+        for name in ("pwrite", "unlink", "replace", "fsync"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            with made.open() as history:
+                restore_in_place(history, made.images, position, made.journal, quiet, only_changed=only_changed)
+        except BaseException:  # noqa: BLE001 - the parent tells by the code
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
 
 
 def test_killed_at_any_step_it_is_noticed_and_completed_by_running_it_again(made: Stopped) -> None:
@@ -171,20 +178,12 @@ def test_killed_at_any_step_it_is_noticed_and_completed_by_running_it_again(made
     head = (made.journal / "head.json").read_bytes()
     states = set()
     for writes in range(200):
-        arguments = {
-            "journal": str(made.journal),
-            "repository": str(made.repository_path),
-            "images": {target: str(path) for target, path in made.images.items()},
-            "position": [position.run, position.seq, position.time_ns],
-            "writes": writes,
-        }
-        child = subprocess.run([sys.executable, "-c", _RESTORE, json.dumps(arguments)], check=False, timeout=60)
+        done = restored_or_killed(made, position, writes)
         content = {target: path.read_bytes() for target, path in made.images.items()}
         begun, known = pending(made.journal), read_head(made.journal)
-        if child.returncode == 0:
+        if done:
             assert writes > 8, "the kill never came"
             break
-        assert child.returncode == -signal.SIGKILL
         # Whatever a start would believe is true: a head that fits, or an intent that makes it refuse.
         if begun is None:
             assert known is not None

@@ -8,7 +8,6 @@ import os
 import random
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ import pytest
 from guests.protected import vmrewind
 from tests.capture_tools import Client
 from tests.e2e.test_start_after import MIB, SIZE, Alone
-from tests.faults.test_recover_in_place import _RESTORE, K, M, Stopped, quiet
+from tests.faults.test_recover_in_place import K, M, Stopped, quiet, restored_or_killed
 from tests.history_tools import MadeHistory, exit_code_of_main
 from vmrewind.errors import ImageError
 from vmrewind.history.view import View
@@ -152,26 +151,15 @@ def test_what_is_not_known_has_the_whole_disk_compared(made: Stopped, what: str,
 def test_killed_at_any_step_it_is_completed_by_the_next_try(made: Stopped) -> None:
     """Forth, since what it writes then is no holes."""
     original, wanted, position = truth(made, 2), truth(made, made.end.seq), made.end
-    program = _RESTORE.replace("lambda *_: None)", "lambda *_: None, only_changed=True)")
-    assert program != _RESTORE
     half = 0
     for writes in range(200):
         for target, path in made.images.items():
             path.write_bytes(original[target])
         (made.journal / "restore-pending.json").unlink(missing_ok=True)
         noted(made, made.position(2))
-        arguments = {
-            "journal": str(made.journal),
-            "repository": str(made.repository_path),
-            "images": {target: str(path) for target, path in made.images.items()},
-            "position": [position.run, position.seq, position.time_ns],
-            "writes": writes,
-        }
-        child = subprocess.run([sys.executable, "-c", program, json.dumps(arguments)], check=False, timeout=60)
-        if child.returncode == 0:
+        if restored_or_killed(made, position, writes, only_changed=True):
             assert writes > 8, "the kill never came"
             break
-        assert child.returncode == -signal.SIGKILL
         half += contents(made) not in (original, wanted)
         if pending(made.journal) is not None:
             assert "half-way" in str(reason(made, position))
