@@ -6,8 +6,11 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+import pytest
 
 from tests.capture_tools import Client
 from vmrewind.history.view import Extent
@@ -37,17 +40,58 @@ class Slow:
         yield Extent(offset, length, zero=False)
 
 
-def test_reads_that_wait_are_carried_out_side_by_side() -> None:
+class Quick:
+    """A disk whose bytes tell their number of 4 KiB."""
+
+    size = MIB
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = bytes([offset // 4096]) * len(buffer)
+
+    def extents(self, offset: int, length: int) -> Iterator[Extent]:
+        yield Extent(offset, length, zero=False)
+
+
+@contextmanager
+def served(disk: Any) -> Iterator[Path]:
+    """The disk at a socket; nobody is told of an error."""
     path = Path(os.environ["VMREWIND_RUNTIME_DIR"]) / "export.sock"
     path.parent.mkdir(exist_ok=True, parents=True)
     told: list[str] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        server = ExportServer({"vda": cast(Any, Slow())}, listener, told.append)
+        server = ExportServer({"vda": disk}, listener, told.append)
         server.start()
-        with Client(path) as client:
-            client.sock.sendall(b"".join(client.request(nbd.CMD_READ, n * 4096, 4096, cookie=n) for n in range(9)))
-            answers = {cookie: (error, data) for cookie, error, data in (client.reply(4096) for _ in range(9))}
-        server.stop()
-    assert told == [] and answers == {n: (0, bytes([n]) * 4096) for n in range(9)}
+        try:
+            yield path
+        finally:
+            server.stop()
+            path.unlink()
+    assert told == []
+
+
+def test_reads_that_wait_are_carried_out_side_by_side() -> None:
+    with served(Slow()) as path, Client(path) as client:
+        client.sock.sendall(b"".join(client.request(nbd.CMD_READ, n * 4096, 4096, cookie=n) for n in range(9)))
+        answers = {cookie: (error, data) for cookie, error, data in (client.reply(4096) for _ in range(9))}
+    assert answers == {n: (0, bytes([n]) * 4096) for n in range(9)}
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_reads_that_come_together_are_answered_whatever_comes_behind(structured: bool) -> None:
+    behind = {
+        "nothing": b"",
+        "a part of a request": nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.CMD_READ, 0, 0, 0)[:20],
+        "a write's head": nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.CMD_WRITE, 0, 0, 4096),
+        "a goodbye": nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.CMD_DISC, 0, 0, 0),
+        "something else": bytes(nbd.REQUEST.size),
+    }
+    lengths = [4096 * chance for chance in (1, 1, 2, 16, 1, 5, 4, *[1] * 40, 4, 4, 4, 4, 4, 4, 8, 1)]
+    with served(Quick()) as path:
+        for what, more in behind.items():
+            with Client(path, structured=structured) as client:
+                requests = [client.request(nbd.CMD_READ, n * 4096, length, cookie=n) for n, length in enumerate(lengths)]
+                client.sock.sendall(b"".join(requests) + more)
+                for n, length in enumerate(lengths):
+                    assert client.reply(length) == (n, 0, bytes([n]) * length), f"{n} before {what}"
