@@ -3,7 +3,8 @@
 The journal has the real format and is written by the real writer, but for its payloads, which are holes: zeroes that take no space,
 with their right checksums. So any amount of history fits, while record tables, which are all that opening reads, lie there as they
 would. Each measurement is a process of its own. The tables are in the page cache, because they have just been written. It is opened
-first as capture leaves it, then with merged tables.
+first as capture leaves it, then with merged tables; each way ``vmrewind export`` is started
+too, as a user starts it, until it is ready.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import pstats
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +44,7 @@ from vmrewind.journal.runs import DiskInfo, ImageIdentity, RunInfo, private_dire
 from vmrewind.journal.writer import JournalWriter
 from vmrewind.repository.chunks import CHUNK_SIZE
 from vmrewind.repository.manifest import Manifest, new_base_id
+from vmrewind.vmconfig.model import DiskConfig, Protection, VmConfig
 
 VM: Final = "bench"
 TARGET: Final = "vda"
@@ -69,13 +72,15 @@ def main(
     with tempfile.TemporaryDirectory(prefix="bench-views-", dir=directory) as name:
         made = _make(Path(name), records, disk_gib << 30, batch)
         measured = {"from segments": [_in_a_process(Path(name)) for _ in range(repeats)]}
+        ready = {"from segments": _ready(Path(name), repeats)}
         profiled = {"from segments": _in_a_process(Path(name), "--profile")}
         made["merging"] = _merged(Path(name))
         measured["merged"] = [_in_a_process(Path(name)) for _ in range(repeats)]
+        ready["merged"] = _ready(Path(name), repeats)
         profiled["merged"] = _in_a_process(Path(name), "--profile")
         machine = describe(Path(name))
     if json:
-        print(_json(machine | {"made": made, "opened": measured}))
+        print(_json(machine | {"made": made, "opened": measured, "export": ready}))
         return
     print(one_line(machine))
     print(f"{records} records, {disk_gib} GiB, {batch} a batch: {made['segments']} segments, written in {made['seconds']:.1f} s")
@@ -84,6 +89,9 @@ def main(
         print(f"{how}:")
         for figures in runs:
             print("  " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        print(
+            "  vmrewind export is ready: " + "; ".join(f"{one['seconds']} s, {one['cpu_seconds']} s of CPU" for one in ready[how])
+        )
         print(profiled[how]["profile"])
 
 
@@ -111,6 +119,27 @@ def _in_a_process(directory: Path, *more: str) -> dict[str, Any]:
     return figures
 
 
+def _ready(directory: Path, repeats: int) -> list[dict[str, float]]:
+    """How long ``vmrewind export`` takes from the process's start to the line that says that it serves, s."""
+    environment = os.environ | {"VMREWIND_STATE_DIR": str(directory), "VMREWIND_RUNTIME_DIR": str(directory / "run")}
+    # As where it is installed: bytecode is there, for which the first start is not counted.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
+    command = [str(Path(sys.executable).with_name("vmrewind")), "export", VM, "--at", "latest", "--json"]
+    figures: list[dict[str, float]] = []
+    for _ in range(repeats + 1):
+        begun = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as export:
+            assert export.stdout is not None
+            line = json.loads(export.stdout.readline())
+            seconds = time.perf_counter() - begun
+            ticks = Path(f"/proc/{export.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+            export.send_signal(signal.SIGINT)
+        assert line["event"] == "ready", line
+        figures.append({"seconds": round(seconds, 3), "cpu_seconds": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")})
+    return figures[1:]
+
+
 @app.command
 def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")] = False) -> None:
     """One measurement, in this process: seconds, bytes, counts, as one JSON object."""
@@ -127,7 +156,7 @@ def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")]
         figures[f"{name}_cpu_seconds"] = round(time.process_time() - cpu_begun, 4)
         return result
 
-    with timed("history", lambda: History.open(VM, directory / "journal", None, bases=directory / "bases")) as history:
+    with timed("history", lambda: History.open(VM, directory / "journal", None, bases=_state(directory) / "bases")) as history:
         branch = history.branch()
         last = json.loads((directory / "made.json").read_text())["last_seq"]
         position = timed("resolve", lambda: resolve(history, branch, f"seq:{last}", [TARGET]))
@@ -137,9 +166,9 @@ def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")]
         at = np.random.default_rng(_SEED).choice(view._index._layers[0].extents[0][:-1], _READS + 1) & -4096
         timed("first_read", lambda: view.read(int(at[0]), 4096))
         timed(f"{_READS}_reads", lambda: [view.read(int(offset), 4096) for offset in at[1:]])
-        figures["extents"] = len(view._index)
-        figures["peak_bytes_per_extent"] = round(figures["peak_bytes_above_imports"] / max(figures["extents"], 1), 1)
         figures["held_bytes"] = _held_bytes() - before_bytes
+        figures["layers_extents"], figures["extents"] = len(view._index), len(view._index.whole())
+        figures["peak_bytes_per_extent"] = round(figures["peak_bytes_above_imports"] / max(figures["extents"], 1), 1)
         figures["held_bytes_per_extent"] = round(figures["held_bytes"] / max(figures["extents"], 1), 1)
     for kind in ("seconds", "cpu_seconds"):
         steps = (figures[f"{step}_{kind}"] for step in ("history", "resolve", "view", "first_read"))
@@ -150,6 +179,11 @@ def measure(directory: Path, *, profile: Annotated[bool, Parameter(negative="")]
         pstats.Stats(profiler, stream=out).sort_stats("tottime").print_stats(10)
         figures["profile"] = out.getvalue().partition("filename:lineno(function)\n")[2].strip("\n")
     print(_json(figures))
+
+
+def _state(directory: Path) -> Path:
+    """The VM's state on a host whose state is in ``directory``."""
+    return directory / "vms" / VM
 
 
 def _make(directory: Path, records: int, size: int, batch: int) -> dict[str, Any]:
@@ -170,7 +204,9 @@ def _make(directory: Path, records: int, size: int, batch: int) -> dict[str, Any
         image,
         (None,) * (size // CHUNK_SIZE),
     )
-    write_durably(directory / "bases" / TARGET / f"{manifest.id}.json", manifest.to_json())
+    write_durably(_state(directory) / "bases" / TARGET / f"{manifest.id}.json", manifest.to_json())
+    protection = Protection(enabled=True, disk=[DiskConfig(TARGET, "/bench")], journal=str(journal))
+    VmConfig(VM, None, None, protection, "toml", "", "").save(_state(directory) / "config.json")
     disks = (DiskInfo(0, TARGET, size, "raw", "/bench"),)
     info = RunInfo(RUN, None, VM, str(vm), "bench", time.time_ns(), 1, disks, {TARGET: manifest.id})
     write_durably(run_path(journal, RUN), info.to_json())
