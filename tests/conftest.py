@@ -44,7 +44,7 @@ def _directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """All tests of a class in one process, which so starts what they share (a server) once; others wherever there is room.
+    """All tests of classes of one name in one process, which so starts what they share (a server) once; others where there is room.
 
     Not by xdist's groups: 3.8 marks them in an attribute that pytest 9.2 does not read any more.
     """
@@ -55,6 +55,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByClass(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             parts = nodeid.partition("[")[0].split("::")
-            return "::".join(parts[:2]) if len(parts) > 2 else nodeid
+            return parts[1] if len(parts) > 2 else nodeid
 
     return ByClass(config, log)

@@ -42,7 +42,7 @@ def refused(vm: ProtectedVm) -> dict[str, str]:
 
 
 def test_ctrl_c_shuts_the_guest_down_properly(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "ctrlc") as vm:
+    with writer_vm(tmp_path, "ctrlc", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 3$")
         vm.interrupt()
@@ -65,7 +65,7 @@ def test_a_guest_that_ignores_the_power_button_is_ended_after_the_timeout(tmp_pa
 
 
 def test_the_vms_exit_is_passed_on(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "exit") as vm:
+    with writer_vm(tmp_path, "exit", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 3$")
         os.kill(vm.status()["processes"]["qemu"]["pid"], signal.SIGKILL)
@@ -170,7 +170,7 @@ def test_protection_switched_off(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", ["ship", "keeper"])
 def test_a_dead_helper_does_not_touch_the_guest(tmp_path: Path, victim: str) -> None:
-    with writer_vm(tmp_path, "helper") as vm:
+    with writer_vm(tmp_path, "helper", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 3$")
         before = vm.status()["processes"]

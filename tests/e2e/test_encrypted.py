@@ -54,7 +54,7 @@ def test_a_guests_writes_come_back_and_are_nowhere_to_be_found(tmp_path: Path, m
     own = keys / f"{made.split('(id ')[1].split(',')[0]}.key"
     keys.mkdir(parents=True)
     shutil.move(tmp_path / "key", own)
-    with writer_vm(tmp_path, "secret-name-of-no-file", count=0) as vm:
+    with writer_vm(tmp_path, "secret-name-of-no-file", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 5$")
         until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)

@@ -38,7 +38,7 @@ def names(vm: ProtectedVm) -> list[str]:
 
 
 def test_a_second_run_continues_the_first(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "twice") as vm:
+    with writer_vm(tmp_path, "twice", pause_ms=20) as vm:
         run_once(vm)
         assert "base.begun" in names(vm)
         between = datetime.now(UTC).isoformat()
@@ -53,7 +53,7 @@ def test_a_second_run_continues_the_first(tmp_path: Path) -> None:
 
 def test_an_image_changed_while_off_is_a_gap_and_not_guessed(tmp_path: Path) -> None:
     image = tmp_path / "vda.raw"
-    with writer_vm(tmp_path, "changed") as vm:
+    with writer_vm(tmp_path, "changed", pause_ms=20) as vm:
         run_once(vm)
         between = datetime.now(UTC).isoformat()
         with image.open("r+b") as file:
@@ -133,7 +133,7 @@ def test_a_stop_that_leaves_records_behind_says_so(tmp_path: Path) -> None:
 
 def test_another_size_than_the_bases_is_refused_until_a_backup_is_made(tmp_path: Path) -> None:
     image = tmp_path / "vda.raw"
-    with writer_vm(tmp_path, "grown") as vm:
+    with writer_vm(tmp_path, "grown", pause_ms=20) as vm:
         run_once(vm)
         with image.open("r+b") as file:
             file.truncate(256 << 20)
@@ -149,7 +149,7 @@ def test_another_size_than_the_bases_is_refused_until_a_backup_is_made(tmp_path:
 
 def test_in_place_restore_goes_back_and_history_goes_on_from_there(tmp_path: Path) -> None:
     image = tmp_path / "vda.raw"
-    with writer_vm(tmp_path, "back") as vm:
+    with writer_vm(tmp_path, "back", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 4$")
         with vm.paused():
@@ -178,7 +178,7 @@ def test_in_place_restore_goes_back_and_history_goes_on_from_there(tmp_path: Pat
 
 
 def test_what_was_shipped_restores_without_the_journal(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "shipped") as vm:
+    with writer_vm(tmp_path, "shipped", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 10$")
         deadline = time.monotonic() + 20
@@ -196,7 +196,7 @@ def test_what_was_shipped_restores_without_the_journal(tmp_path: Path) -> None:
 
 
 def test_ship_on_demand_carries_from_the_vms_start_on(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "demand", ship="on-demand") as vm:
+    with writer_vm(tmp_path, "demand", pause_ms=20, ship="on-demand") as vm:
         vm.start()
         vm.wait_for("^ACK 5$")
         assert vm.status()["ship"]["wanted"] == []
@@ -213,7 +213,7 @@ def test_ship_on_demand_carries_from_the_vms_start_on(tmp_path: Path) -> None:
 
 
 def test_a_lost_host_directory_is_not_mistaken_for_a_new_vm(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "lost") as vm:
+    with writer_vm(tmp_path, "lost", pause_ms=20) as vm:
         run_once(vm)
         shutil.rmtree(vm.journal.parent)
         done = vmrewind("run", vm.config, check=False)
