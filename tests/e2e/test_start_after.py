@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from guests.protected import VMREWIND, vmrewind
-from tests.capture_tools import Client
+from tests.capture_tools import Client, until
 from vmrewind.start.processes import Process
 
 MIB = 1 << 20
@@ -77,6 +77,10 @@ class Alone:
         subprocess.run(
             ["qemu-io", "-f", "raw", uri, *(w for c in commands for w in ("-c", c))], check=True, stdout=subprocess.DEVNULL
         )
+
+    def wait_for_base(self) -> None:
+        """Until the base that this run has begun is made: before, none of its moments can be had."""
+        until(lambda: "base.made" in self.events(), "the base")
 
     def restored(self, moment: str, *more: str) -> bytes:
         output = self.directory / f"out-{time.monotonic_ns()}"
