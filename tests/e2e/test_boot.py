@@ -262,50 +262,134 @@ def test_a_copy_that_is_broken_off_leaves_nothing(stopped: ProtectedVm, tmp_path
     assert gone(json.loads(ready)["pid"])
 
 
-def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path: Path) -> None:
+_HELD = """
+import os, time
+from vmrewind.recover.scratch import Overlay
+read = Overlay.read_into
+def held(self, offset, buffer):
+    while offset <= {at} < offset + len(buffer) and os.path.exists({hold!r}):
+        time.sleep(0.01)
+    read(self, offset, buffer)
+Overlay.read_into = held
+"""
+"""What the guest does not read, and a copy must."""
+
+
+def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = tmp_path / "hold"
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks" / "sitecustomize.py").write_text(_HELD.format(hold=str(hold), at=40 << 20))
     with LibvirtHost() as host:
-        image = ext4_image(host.directory / "disk.raw", 32 << 20)
-        kernel, initrd = (shutil.copy(path, host.directory) for path in (linux().kernel, initramfs(SCRIPT)))
-        console = Console(host.directory / "console")
+        directory = host.directory
+        image = ext4_image(directory / "disk.raw", 32 << 20)
+        random = os.urandom(1 << 20)
+        with image.open("r+b") as file:
+            file.truncate(48 << 20)
+            file.seek(40 << 20)
+            file.write(random)
+        base = directory / "base.raw"
+        base.write_bytes(random * 4)
+        overlay = qcow2_overlay(directory / "overlay.qcow2", base)
+        kernel, initrd = (shutil.copy(path, directory) for path in (linux().kernel, initramfs(SCRIPT)))
+        console = Console(directory / "console")
         host.define(f"""<domain type='qemu'><name>web01</name><memory unit='MiB'>192</memory>
 <os><type arch='x86_64'>hvm</type><kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>{APPEND}</cmdline></os>
 <features><acpi/></features><on_reboot>destroy</on_reboot><devices>
 <disk type='file'><driver name='qemu' type='raw'/><source file='{image}'/><target dev='vda' bus='virtio'/></disk>
+<disk type='file'><driver name='qemu' type='qcow2'/><source file='{overlay}'/><target dev='vdb' bus='virtio'/></disk>
 <interface type='ethernet'><mac address='52:54:00:00:00:01'/><model type='virtio'/></interface>
 <serial type='file'><source path='{console.path}'/></serial><memballoon model='none'/></devices></domain>""")
-        host.protect("web01", "vda")
+        host.protect("web01", "vda", "vdb")
         host.virsh("start", "web01")
         console.wait_for("^ACK 2$")
         host.virsh("suspend", "web01")
         host.vmrewind("mark", "web01", "before")
         host.virsh("resume", "web01")
         console.wait_for("^GONE$")
-        refused = host.vmrewind("boot", "web01", "--at", "@before", "--keep", host.directory / "kept", check=False)
-        assert refused.returncode == 2 and "--keep is for VMs without libvirt" in refused.stderr
-        log = host.directory / "boot.log"
-        with log.open("wb") as output:
-            process = host.popen("boot", "web01", "--at", "@before", "--json", stdout=output, stderr=output)
-        try:
-            ready = json.loads(Console(log).wait_for("^{.*$", 60, lambda: process.poll() is None)[0])
+
+        def refused(code: int, words: str, *arguments: str | Path) -> None:
+            done = host.vmrewind("boot", "web01", "--at", "@before", *arguments, check=False)
+            assert done.returncode == code and words in " ".join(done.stderr.split()), (done.stdout, done.stderr)
+
+        def names() -> list[str]:
+            return host.virsh("list", "--all", "--name").stdout.split()
+
+        def wait_until_gone(name: str) -> None:
+            deadline = time.monotonic() + 30
+            while name in names():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+        @contextlib.contextmanager
+        def booted(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, Any], Console]]:
+            log = directory / "boot.log"
+            with log.open("wb") as output, monkeypatch.context() as patch:
+                patch.setenv("PYTHONPATH", str(tmp_path / "hooks"))
+                process = host.popen("boot", "web01", "--at", "@before", "--json", *arguments, stdout=output, stderr=output)
+            try:
+                ready = Console(log).wait_for('^{.*"ready".*$', 60, lambda: process.poll() is None)[0]
+                yield process, json.loads(ready), Console(log)
+            finally:
+                process.kill()
+                process.wait()
+
+        def says(name: str, pattern: str) -> str:
+            pty = re.findall(r"/dev/pts/\d+", host.virsh("ttyconsole", name).stdout)[0]
+            return host.run("timeout", "40", "sh", "-c", f"grep -m1 -a '{pattern}' <{pty}", check=False).stdout
+
+        kept = directory / "kept"
+        refused(2, "--protect is for VMs without libvirt", "--keep", kept, "--protect")
+        (directory / "closed").mkdir(mode=0o700)
+        refused(2, "cannot get there", "--keep", directory / "closed" / "kept")
+        assert not list((directory / "closed").iterdir())
+        (directory / "small").mkdir(mode=0o711)
+        host.run("mount", "-t", "tmpfs", "-o", "size=20m,mode=711", "tmpfs", directory / "small")
+        refused(4, "could not be copied", "--keep", directory / "small" / "kept")
+        assert host.run("ls", directory / "small").stdout == "" and names() == ["web01"]
+
+        hold.touch()
+        with booted("--keep", kept) as (process, ready, _):
             name = ready["name"]
             xml = host.virsh("dumpxml", name).stdout
             assert host.virsh("domuuid", name).stdout != host.virsh("domuuid", "web01").stdout
             assert "<interface" not in xml and str(image) not in xml and str(console.path) not in xml
             assert ready["left_out"] == ["<interface>"]
-            pty = re.findall(r"/dev/pts/\d+", host.virsh("ttyconsole", name).stdout)[0]
-            reader = host.run("timeout", "40", "sh", "-c", f"grep -m1 -a THERE <{pty}", check=False)
-            assert "THERE first life" in reader.stdout
+            # libvirt itself ends it when nobody is left who could. Its reads are held: it is not the guest that does.
+            process.kill()
+            process.wait()
+            wait_until_gone(name)
+        assert not list(kept.glob("*.xml"))
+        shutil.rmtree(kept)
+        with booted("--keep", kept) as (process, ready, log):
+            process.send_signal(signal.SIGINT)
+            wait_until_gone(ready["name"])
+            hold.unlink()
+            assert process.wait(60) == 1 and "nothing was kept" in log.text()
+            assert not kept.exists() and names() == ["web01"]
+        with booted("--keep", kept, "--name", "copy") as (process, ready, log):
+            assert "THERE first life" in says("copy", "THERE")
             number = int(re.findall(r"^ACK (\d+)$", console.text(), re.MULTILINE)[-1])
             console.wait_for(rf"^ACK {number + 3}$")
-            # libvirt itself ends it when nobody is left who could; held, so that it is not the guest that does.
-            host.virsh("suspend", name)
-            process.kill()
-            process.wait()
-            deadline = time.monotonic() + 30
-            while name in host.virsh("list", "--all", "--name").stdout.split():
-                assert time.monotonic() < deadline
-            assert host.virsh("domstate", "web01").stdout.strip() == "running"
-        finally:
-            process.kill()
-            process.wait()
+            log.wait_for("kept: ", 60, lambda: process.poll() is None)
+            sources = host.virsh("domblklist", "copy").stdout
+            assert str(kept / "vda.raw") in sources and str(kept / "vdb.raw") in sources
+            refused(2, "a domain called copy already", "--name", "copy")
+            number = int(says("copy", "^ACK [1-9]").split()[1])
+            process.send_signal(signal.SIGINT)
+            assert process.wait(90) == 0, log.text()
+        assert host.virsh("domstate", "copy").stdout.strip() == "shut off"
+        assert sorted(path.name for path in kept.iterdir()) == ["copy.xml", "vda.raw", "vdb.raw"]
+        assert replay_and_check_ext4(kept / "vda.raw") == ""
+        there = subprocess.run(
+            ["debugfs", "-R", "cat /number", kept / "vda.raw"], capture_output=True, text=True, check=True
+        ).stdout
+        assert int(there) >= number, "what the guest wrote after the switch is in the image"
+        assert (kept / "vda.raw").read_bytes()[40 << 20 : 41 << 20] == random
+        assert (kept / "vdb.raw").read_bytes() == base.read_bytes()
+        host.virsh("undefine", "copy")
+        host.virsh("define", kept / "copy.xml")
+        host.virsh("start", "copy")
+        assert host.virsh("domstate", "copy").stdout.strip() == "running"
+        assert host.virsh("domstate", "web01").stdout.strip() == "running"
+        host.virsh("destroy", "copy")
         host.virsh("destroy", "web01")

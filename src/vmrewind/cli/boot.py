@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json as json_module
-import signal
 import socket
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from vmrewind.cli.boot_domain import BootedDomain, boot_domain
 from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.drill import ending_by_signals
 from vmrewind.cli.progress import byte_progress
@@ -25,22 +24,19 @@ from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.recover.boot import run_machine
-from vmrewind.recover.boot_machine import Stored, configuration, qemu_line
+from vmrewind.recover.boot_machine import configuration, qemu_line
 from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.recover.keep import Keeping, KeptVm
 from vmrewind.recover.scratch import scratch_in
-from vmrewind.start.libvirt import DEFAULT_URI, Libvirt, qemu_owner
+from vmrewind.start.libvirt import DEFAULT_URI
 from vmrewind.start.places import make_places
 from vmrewind.start.qemu import RECONNECT_SECONDS
 from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
-from vmrewind.vmconfig.beside import beside
 from vmrewind.vmconfig.model import Invalid, check_name
 
 if TYPE_CHECKING:
     from vmrewind.recover.protecting import Protecting
-
-_POLL_SECONDS = 0.5
 
 
 def boot(
@@ -56,10 +52,11 @@ def boot(
     scratch: Annotated[Path | None, Parameter(help="Directory for what it writes; default: the one for temporary files.")] = None,
     keep: Annotated[
         Path | None,
-        Parameter(help="Copy its disks to full images in this new directory while it runs, with a TOML file (no libvirt)."),
+        Parameter(help="Copy its disks to full images in this new directory while it runs; then it is a VM of its own."),
     ] = None,
     protect: Annotated[
-        bool, Parameter(negative="", help="With --keep: it is a protected VM, with a history of its own from its first write on.")
+        bool,
+        Parameter(negative="", help="With --keep, no libvirt: a protected VM, with a history of its own from its first write on."),
     ] = False,
     branch: BranchOption = None,
     connect: Annotated[str, Parameter(help="libvirt's URI, for a VM of libvirt.")] = DEFAULT_URI,
@@ -100,17 +97,18 @@ def boot(
                 say(f"left out: {device}")
             say(f"{own}: {found.name} as it was at {_moment(position)}, running after {seconds:.1f} s; Ctrl-C ends it")
 
-        libvirt = stored.suffix == "xml"
-        owner = None
-        if libvirt:
-            if keep is not None:
-                raise UsageError("--keep is for VMs without libvirt", "vmrewind restore --output makes images of the moment")
-            owner = qemu_owner()
-        with _places(paths, owner), contextlib.ExitStack() as opened:
-            directory = scratch or Path(tempfile.gettempdir())
-            if libvirt:
-                # Before any thread starts: they inherit it, and the signals wait for ``sigtimedwait``.
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        directory = scratch or Path(tempfile.gettempdir())
+        if stored.suffix == "xml":
+            if protect:
+                raise UsageError(
+                    "--protect is for VMs without libvirt",
+                    f"leave it out; once {own} is kept, and shut off: vmrewind protect {own}",
+                )
+            booted = BootedDomain(history, position, stored, own, formats, wires)
+            with _places(paths, booted.owner):
+                boot_domain(booted, connect, paths.nbd_socket, directory, keep, ready, say, json=json)
+            return 0
+        with _places(paths, None), contextlib.ExitStack() as opened:
             keeping: Keeping | None = None
             protecting: Protecting | None = None
             if keep is not None:
@@ -132,11 +130,8 @@ def boot(
             changes = protecting.filling if protecting is not None else scratch_in(directory)
             where = protecting.socket if protecting is not None else paths.nbd_socket
             serving = serving_until.enter_context(
-                exported(history, list(formats), position, where, cache=cache, changes=changes, owner=owner, complain=say)
+                exported(history, list(formats), position, where, cache=cache, changes=changes, complain=say)
             )
-            if libvirt:
-                _run_domain(connect, stored, own, formats, serving.socket, wires, ready)
-                return 0
             reconnect_seconds, machine = 0, None
             if protecting is not None:
 
@@ -159,9 +154,6 @@ def boot(
                 ready=lambda pid: ready(left_out, {"pid": pid}),
                 staying=keeping or protecting,
             )
-
-
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def _lasting(argument: str, found: VmHandle | StoredVm) -> str:
@@ -205,28 +197,3 @@ def _places(paths: VmPaths, owner: tuple[int, int] | None) -> Iterator[None]:
         if not before:
             with contextlib.suppress(OSError):
                 paths.state.rmdir()
-
-
-def _run_domain(
-    uri: str,
-    stored: Stored,
-    name: str,
-    formats: dict[str, str],
-    disks: Path,
-    network: str | None,
-    ready: Callable[[Sequence[str], dict[str, object]], None],
-) -> None:
-    """Run a transient domain until it ends or a signal comes; libvirt itself ends it should we be killed."""
-    xml, left_out = beside(stored.document, name, str(uuid.uuid4()), formats, disks, network)
-    with Libvirt(uri) as libvirt:
-        domain = libvirt.start_transient(xml)
-        nvram = None
-        try:
-            nvram = domain.nvram
-            ready(left_out, {"domain": name})
-            while domain.active and signal.sigtimedwait(_SIGNALS, _POLL_SECONDS) is None:
-                pass
-        finally:
-            domain.destroy()
-            if nvram is not None:
-                nvram.unlink(missing_ok=True)

@@ -11,17 +11,20 @@ import pwd
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
-from xml.sax.saxutils import unescape
+from xml.sax.saxutils import quoteattr, unescape
 
 from vmrewind.errors import LibvirtError, VmStateError
+from vmrewind.vmconfig.xml import disk_elements, parse_xml
 
 DEFAULT_URI: Final = "qemu:///system"
 LOCAL_SYSTEM: Final = re.compile(r"qemu(\+unix)?:///system(\?.*)?")
 RECONNECT_SINCE: Final = 9_002_000
 """libvirt 9.2.0 is the first that passes ``<reconnect>`` of an NBD source on; earlier ones drop it silently."""
+SYNCHRONOUS_COPY_SINCE: Final = 8_000_000
 QEMU_CONF: Final = Path("/etc/libvirt/qemu.conf")
 QEMU_USERS: Final = ("libvirt-qemu", "qemu")
 """Whom QEMU runs as unless qemu.conf says otherwise: the distributions' choices (Debian and its kin; Red Hat, SUSE)."""
@@ -66,6 +69,21 @@ class Libvirt:
         """Whether a network disk can be told to wait for its server to come back."""
         return self.version >= RECONNECT_SINCE
 
+    @property
+    def copies_synchronously(self) -> bool:
+        """Whether a copy can take the guest's writes as they come, so that a busy guest cannot keep it from becoming level."""
+        return self.version >= SYNCHRONOUS_COPY_SINCE and hasattr(self._module, "VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES")
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a domain of that name, running or not."""
+        try:
+            self._connection.lookupByName(name)
+        except self._module.libvirtError as error:
+            if error.get_error_code() == self._module.VIR_ERR_NO_DOMAIN:
+                return False
+            raise LibvirtError(f"domain {name!r}: {_message(error)}", "is libvirtd running?") from None
+        return True
+
     def domain(self, name: str) -> Domain:
         """The domain called ``name``. Raises LibvirtError if there is none."""
         try:
@@ -86,6 +104,15 @@ class Libvirt:
             return Domain(self._module, self._connection.createXML(xml.decode(), self._module.VIR_DOMAIN_START_AUTODESTROY))
         except self._module.libvirtError as error:
             raise LibvirtError(f"libvirt does not start it: {_message(error)}", "journalctl -u libvirtd may tell more") from None
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """How far a copy is; ``level`` once the image has all that the disk has, and gets what is written from then on."""
+
+    done_bytes: int
+    total_bytes: int
+    level: bool
 
 
 class Domain:
@@ -274,6 +301,43 @@ class Domain:
             raise LibvirtError(f"domain {self.name!r}: {_message(error)}", "are you root?") from None
         found = re.search(r"<nvram[^>]*>([^<]+)</nvram>", text)
         return Path(unescape(found[1])) if found else None
+
+    def disk_size(self, target: str) -> int:
+        """Bytes that the guest sees. Raises LibvirtError."""
+        with self._asking(f"virsh domblkinfo {self.name} {target}"):
+            return int(self._handle.blockInfo(target)[0])
+
+    def begin_copy(self, target: str, image: Path, synchronous: bool) -> None:
+        """Copy what the guest sees of a disk to a raw image, which is there with the disk's size. Raises LibvirtError."""
+        module = self._module
+        flags = module.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT | module.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+        if synchronous:
+            flags |= module.VIR_DOMAIN_BLOCK_COPY_SYNCHRONOUS_WRITES
+        xml = f"<disk type='file'><source file={quoteattr(str(image))}/><driver type='raw'/></disk>"
+        with self._asking("what libvirt names is in the way of copying its disks"):
+            self._handle.blockCopy(target, xml, None, flags)
+
+    def copy_progress(self, target: str) -> DiskCopy | None:
+        """Of a copy that was begun; None if there is none any more. Raises LibvirtError."""
+        with self._asking(f"virsh blockjob {self.name} {target}"):
+            found = self._handle.blockJobInfo(target, 0)
+            text: str = self._handle.XMLDesc(0)
+        if not found:
+            return None
+        disk = disk_elements(parse_xml(text.encode()))[target]
+        level = disk.find("mirror[@job='copy'][@ready='yes']") is not None
+        return DiskCopy(int(found["cur"]), int(found["end"]), level)
+
+    def end_copy(self, target: str) -> None:
+        """Have the domain go on with the image of a copy that is level. Raises LibvirtError."""
+        with self._asking(f"virsh blockjob {self.name} {target}"):
+            self._handle.blockJobAbort(target, self._module.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+    def shut_down(self) -> None:
+        """Press its power button, if it runs. Raises LibvirtError."""
+        if self.active:
+            with self._asking(f"virsh shutdown {self.name}"):
+                self._handle.shutdown()
 
     def destroy(self) -> None:
         """End it as pulling the plug does, if it has not ended."""

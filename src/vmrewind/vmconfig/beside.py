@@ -81,6 +81,21 @@ def beside(
     return etree.tostring(domain), left_out
 
 
+def on_images(xml: bytes, images: Mapping[str, Path]) -> bytes:
+    """The XML of a domain with its disks, by target, on raw images instead of what ``beside`` gave them."""
+    domain = parse_xml(xml)
+    disks = disk_elements(domain)
+    for target, image in images.items():
+        disk = disks[target]
+        disk.set("type", "file")
+        _drop(disk, "backingStore")
+        for driver in disk.findall("driver"):
+            driver.set("type", "raw")
+        for source in disk.findall("source"):
+            disk.replace(source, etree.Element("source", file=str(image)))
+    return etree.tostring(domain)
+
+
 def _refit(device: etree._Element, formats: Mapping[str, str], socket: Path, network: str | None) -> str | None:
     """Change what a device shares with the host; what it is if it cannot stay."""
     kind = local_name(device)

@@ -1,0 +1,80 @@
+"""A booted moment of a libvirt domain: a transient domain that ends with this process, however that ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from vmrewind.errors import VmrewindError
+from vmrewind.start.libvirt import Domain, Libvirt
+
+SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+"""What ends it. To be blocked before any thread starts: they inherit that, and the signals wait for ``sigtimedwait``."""
+_POLL_SECONDS: Final = 0.5
+_SHUTDOWN_SECONDS: Final = 60
+
+
+class StayingDomain(Protocol):
+    """What is done for a domain that is to stay."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays by now."""
+
+    def begin(self, domain: Domain) -> None:
+        """Once its CPU runs."""
+
+    def go_on(self, domain: Domain) -> None:
+        """Again and again, until it is kept or has ended. What it raises ends all."""
+
+
+def run_domain(
+    libvirt: Libvirt, xml: bytes, ready: Callable[[], None], staying: StayingDomain | None, say: Callable[[str], None]
+) -> None:
+    """Start the domain, call ``ready``, and stay until it has ended or a signal comes; libvirt itself ends it should we be killed.
+
+    If it is to stay, a signal ends it only as long as it is not kept; then the first one presses the power button.
+    """
+    domain = libvirt.start_transient(xml)
+    nvram = None
+    try:
+        nvram = domain.nvram
+        ready()
+        if staying is None:
+            while domain.active and signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is None:
+                pass
+            return
+        _accompany(domain, staying)
+        _until_ended(domain, say)
+    finally:
+        domain.destroy()
+        if nvram is not None and (staying is None or not staying.kept):
+            nvram.unlink(missing_ok=True)
+
+
+def _accompany(domain: Domain, staying: StayingDomain) -> None:
+    staying.begin(domain)
+    while not staying.kept:
+        if not domain.active:
+            raise VmrewindError(
+                "the VM ended before the copy was complete: nothing was kept", "boot it again, and let the copy end"
+            )
+        if signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is not None:
+            raise VmrewindError("ended before the copy was complete: nothing was kept", "boot it again, and let the copy end")
+        staying.go_on(domain)
+
+
+def _until_ended(domain: Domain, say: Callable[[str], None]) -> None:
+    pressed_at = None
+    while domain.active:
+        if pressed_at is not None and time.monotonic() > pressed_at + _SHUTDOWN_SECONDS:
+            return
+        if signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is None:
+            continue
+        if pressed_at is not None:
+            return
+        say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
+        pressed_at = time.monotonic()
+        domain.shut_down()
