@@ -39,13 +39,13 @@ _SLOW = """
 import os, sys, time
 if "boot" in sys.argv[1:2] or any(word.endswith("vmrewind") for word in sys.argv[:1]):
     from vmrewind.recover.filling import Filling
-    fill = Filling._fill
+    fill = Filling._copy
     def slow(self, start, end):
         time.sleep(0.01)
         while start >= {half} and os.path.exists({hold!r}):
             time.sleep(0.01)
         fill(self, start, end)
-    Filling._fill = slow
+    Filling._copy = slow
 """
 
 

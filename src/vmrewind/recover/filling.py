@@ -3,6 +3,10 @@
 What the VM writes goes to capture, which journals it and writes it to the image; what the image does not have yet is read from the
 moment, and copied piece by piece into the image, past the journal, which knows the moment by its base. Both are done by this
 process alone and one at a time, so a piece that the VM has written to is never copied over.
+
+Before capture is sent to a place, the image has all of the moment around it: there are faults in which capture journals a place as
+the image holds it (a write that the image refuses, a bypass of the journal), by its granules, and that must not be what was not
+copied yet.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from vmrewind.capture.dirty import granule_of
 from vmrewind.errors import ImageError, SpaceError
 from vmrewind.history.view import View
 from vmrewind.nbd.client import NbdClient
@@ -41,23 +46,33 @@ class Filling(Overlay):
         super().__init__(view, fd)
         try:
             os.truncate(fd, view.size)
-            self._fill(0, min(_HEAD, view.size))
+            self._copy(0, min(_HEAD, view.size))
         except OSError as error:
             raise self._refused(error) from error
 
     def write(self, offset: int, data: memoryview) -> None:
         """Through capture: it is in the journal and the image when this returns."""
+        low, high = self._granules(offset, offset + len(data))
         with self._changing:
+            self._keep(self._lacked(low, high))
             self._writer.write(offset, data)
-            with self._lock:
-                self._held.add(offset, offset + len(data))
 
     def zero(self, offset: int, length: int) -> None:
-        """As ``write``."""
+        """As ``write``. What is made zeroes whole need not be copied before, were it the whole disk."""
+        end = offset + length
+        low, high = self._granules(offset, end)
+        first, last = min(self._granules(offset, offset)[1], high), max(self._granules(end, end)[0], low)
+        edges = [(low, first), (last, high)] if first <= last else [(low, high)]
         with self._changing:
-            self._writer.zero(offset, length)
-            with self._lock:
-                self._held.add(offset, offset + length)
+            for start, stop in edges:
+                self._keep(self._lacked(start, stop))
+            try:
+                self._writer.zero(offset, length)
+            finally:
+                # Refused or not: journal and image agree on what is there now.
+                if first < last:
+                    with self._lock:
+                        self._held.add(first, last)
 
     def flush(self) -> None:
         """By capture."""
@@ -72,23 +87,39 @@ class Filling(Overlay):
             for at in range(0, self.size, _PIECE):
                 if stop.is_set():
                     return
-                self._fill(at, min(at + _PIECE, self.size))
+                self._copy(at, min(at + _PIECE, self.size))
                 progress(min(at + _PIECE, self.size), self.size)
             os.fsync(self._fd)
         except OSError as error:
             raise self._refused(error) from error
 
-    def _fill(self, start: int, end: int) -> None:
-        for extent in self._view.extents(start, end - start):
-            low, high = extent.offset, extent.offset + extent.length
-            # A file that was just made reads as zeroes wherever nothing was written.
-            data = b"" if extent.zero or not self._lacking(low, high) else self._view.read(low, high - low)
-            with self._changing:
-                for begin, stop in self._lacking(low, high):
-                    if not extent.zero:
-                        self._put(memoryview(data)[begin - low : stop - low], begin)
-                    with self._lock:
-                        self._held.add(begin, stop)
+    def _granules(self, start: int, end: int) -> tuple[int, int]:
+        """The range, made wider to whole granules of capture's."""
+        size = granule_of(self.size)
+        return start // size * size, min(-(-end // size) * size, self.size)
+
+    def _copy(self, start: int, end: int) -> None:
+        lacked = self._lacked(start, end)  # Read before: the VM need not wait for that.
+        with self._changing:
+            self._keep(lacked)
+
+    def _lacked(self, start: int, end: int) -> list[tuple[int, int, bytes | None]]:
+        """(start, end, what the moment has there; None: zeroes) of what the image lacks within a range."""
+        return [
+            (low, high, None if extent.zero else self._view.read(low, high - low))
+            for extent in self._view.extents(start, end - start)
+            for low, high in self._lacking(extent.offset, extent.offset + extent.length)
+        ]
+
+    def _keep(self, lacked: list[tuple[int, int, bytes | None]]) -> None:
+        """Put what the image lacks still."""
+        for low, high, data in lacked:
+            for start, end in self._lacking(low, high):
+                # A file that was just made reads as zeroes wherever nothing was written.
+                if data is not None:
+                    self._put(memoryview(data)[start - low : end - low], start)
+                with self._lock:
+                    self._held.add(start, end)
 
     def _lacking(self, start: int, end: int) -> list[tuple[int, int]]:
         with self._lock:
