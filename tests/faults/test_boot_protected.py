@@ -297,6 +297,9 @@ def test_killed_before_the_images_are_complete(source: Source, tmp_path: Path, *
             assert refused.returncode == 8 and f"vmrewind restore {copy.name} --in-place" in " ".join(refused.stderr.split())
         status = json.loads(vmrewind("status", copy.name, "--json", check=False).stdout)
         assert any("not complete" in problem for problem in status["problems"])
+        # The images were completed on after the last write.
+        later = time.time_ns() + 60 * 10**9
+        os.utime(copy.image, ns=(later, later))
         # Capture may be alive still.
         vmrewind("restore", copy.name, "--in-place")
         copy.check()
