@@ -156,6 +156,7 @@ def test_an_image_without_room_is_an_error_and_is_tried_again(tmp_path: Path, mo
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(SpaceError, match="no space left"):
         filling.fill(threading.Event(), lambda *_: None)
+    left = 0
     with pytest.raises(OSError, match="full"):
         # Its surroundings are not there, so capture, which is not even running here, is not asked.
         filling.write(7 << 20, memoryview(bytes(512)))
