@@ -15,6 +15,7 @@ import json
 import os
 import pstats
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,7 +122,9 @@ def _in_a_process(directory: Path, *more: str) -> dict[str, Any]:
 
 def _ready(directory: Path, repeats: int) -> list[dict[str, float]]:
     """How long ``vmrewind export`` takes from the process's start to the line that says that it serves, s."""
-    environment = os.environ | {"VMREWIND_STATE_DIR": str(directory), "VMREWIND_RUNTIME_DIR": str(directory / "run")}
+    # A socket's path has at most 107 bytes: the directory of the data may be too long for it.
+    runtime = tempfile.mkdtemp(prefix="vmr-")
+    environment = os.environ | {"VMREWIND_STATE_DIR": str(directory), "VMREWIND_RUNTIME_DIR": runtime}
     # As where it is installed: bytecode is there, for which the first start is not counted.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
@@ -137,6 +140,7 @@ def _ready(directory: Path, repeats: int) -> list[dict[str, float]]:
             export.send_signal(signal.SIGINT)
         assert line["event"] == "ready", line
         figures.append({"seconds": round(seconds, 3), "cpu_seconds": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")})
+    shutil.rmtree(runtime)
     return figures[1:]
 
 
