@@ -31,8 +31,8 @@ from vmrewind.nbd import protocol as nbd
 from vmrewind.paths import VmPaths
 from vmrewind.recover.export_server import ExportServer
 from vmrewind.recover.exporting import Exported
-from vmrewind.start.children import listen
 from vmrewind.start.control import instruct
+from vmrewind.start.listening import listen
 from vmrewind.start.resolve import open_vm
 
 _SLOW = """

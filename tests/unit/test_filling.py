@@ -19,7 +19,7 @@ from vmrewind.nbd import protocol as nbd
 from vmrewind.recover.export_server import ExportServer
 from vmrewind.recover.filling import Filling
 from vmrewind.recover.scratch import Overlay
-from vmrewind.start.children import listen
+from vmrewind.start.listening import listen
 
 SIZE = (8 << 20) + 512
 GRANULE = granule_of(SIZE)

@@ -15,7 +15,7 @@ from vmrewind.journal.runs import Position
 from vmrewind.recover.chunk_cache import ChunkCache, ServedView
 from vmrewind.recover.export_server import ExportServer
 from vmrewind.recover.scratch import Overlay
-from vmrewind.start.children import listen
+from vmrewind.start.listening import listen
 
 
 class Exported:

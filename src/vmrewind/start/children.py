@@ -16,15 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from vmrewind.errors import ConfigError, StartError, by_kind
+from vmrewind.errors import StartError, by_kind
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import ImageIdentity, RunInfo, private, private_directory
 from vmrewind.paths import VmPaths
 from vmrewind.start.environment import without_credentials
 from vmrewind.vmconfig.model import VmConfig
 
-SOCKET_PATH_BYTES_MAX: Final = 107
-_BACKLOG: Final = 64
 CLEAN: Final = "exit code 0"
 HANDED_OVER: Final = "handed over"
 """How a capture ends that has left its run to the next one."""
@@ -44,32 +42,6 @@ _RECOVER_BYTES_PER_SECOND_MIN: Final = 1 << 20
 # With 20 protected VMs on a host, each process's own arenas would cost more than its work.
 # The safe path keeps them from importing what lies in the directory that the VM happens to be started in.
 _ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
-
-
-def listen(path: Path, owner: tuple[int, int] | None) -> socket.socket:
-    """A listening unix socket that outlives the captures that serve it. ``owner``: (uid, gid) of QEMU's user.
-
-    Connectable by that user, or without one by ours, and by nobody else. Raises ConfigError if the path is too long for a socket.
-    """
-    if len(os.fsencode(path)) > SOCKET_PATH_BYTES_MAX:
-        raise ConfigError(
-            f"{path}: too long for a unix socket ({SOCKET_PATH_BYTES_MAX} bytes)", "set VMREWIND_RUNTIME_DIR to a shorter path"
-        )
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        mask = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(mask)
-        if owner is not None:
-            os.chown(path, *owner)
-        sock.listen(_BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 class CaptureChild:

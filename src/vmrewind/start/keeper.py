@@ -21,12 +21,12 @@ from typing import Any, Final
 
 from vmrewind.errors import ConfigError, VmrewindError
 from vmrewind.paths import VmPaths
-from vmrewind.start.children import listen
 from vmrewind.start.environment import guard_files
 from vmrewind.start.images import declare_unprotected, make_whole, may_start_unprotected
 from vmrewind.start.keeping import Keeper
 from vmrewind.start.leftovers import connected
 from vmrewind.start.libvirt import Libvirt, qemu_owner
+from vmrewind.start.listening import listen
 from vmrewind.start.places import make_places
 from vmrewind.start.serving import Storage
 from vmrewind.start.unprotected import UnprotectedServer, prepare_images

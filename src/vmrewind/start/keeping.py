@@ -25,11 +25,12 @@ from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.ship.meter import unsent
 from vmrewind.start.bases import Progress
-from vmrewind.start.children import CLEAN, ShipChild, listen
+from vmrewind.start.children import CLEAN, ShipChild
 from vmrewind.start.errands import Errands
 from vmrewind.start.fallback import begun
 from vmrewind.start.keeper_control import KeeperControl
 from vmrewind.start.leftovers import clear_leftovers
+from vmrewind.start.listening import listen
 from vmrewind.start.merger import keep_merged
 from vmrewind.start.places import make_places
 from vmrewind.start.plan import Plan, Planner
