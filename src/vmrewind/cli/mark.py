@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from vmrewind.errors import UsageError
-from vmrewind.history.bookmarks import CRASH_CONSISTENT, QUIESCED, kind_in_words
-from vmrewind.history.moments import format_time
+from vmrewind.history.moments import CRASH_CONSISTENT, QUIESCED, format_time, kind_in_words
 from vmrewind.start.control import instruct
 from vmrewind.start.quiesce import freeze
 from vmrewind.start.resolve import open_vm

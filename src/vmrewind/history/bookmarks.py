@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from vmrewind.history.activity import JournalEvent, events
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
+from vmrewind.history.moments import CRASH_CONSISTENT, QUIESCED, kind_in_words
 from vmrewind.journal.format import Event
 from vmrewind.journal.runs import Position
-
-QUIESCED: Final = "quiesced"
-CRASH_CONSISTENT: Final = "crash-consistent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +28,6 @@ class Bookmark:
     def in_words(self) -> str:
         """What kind of point it is."""
         return kind_in_words(self.kind, self.not_frozen)
-
-
-def kind_in_words(kind: str, not_frozen: Sequence[str]) -> str:
-    """``quiesced`` is said only of all that was frozen."""
-    return f"{kind} except {', '.join(not_frozen)}" if not_frozen else kind
 
 
 def bookmarks(history: History, branch: Branch) -> list[Bookmark]:

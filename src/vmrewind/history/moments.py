@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
 
 from vmrewind.errors import MomentError
+
+QUIESCED: Final = "quiesced"
+CRASH_CONSISTENT: Final = "crash-consistent"
+"""Kinds of points: whether the guest had written out what it held."""
 
 FORMS: Final = (
     "2026-11-22T10:31:05.25+00:00 (without a zone: local time), 10:31 or 10:31:05.25 (today), "
@@ -131,3 +135,8 @@ def format_time(time_ns: int) -> str:
     moment = datetime.fromtimestamp(whole).astimezone()
     text = moment.isoformat(timespec="seconds")
     return f"{text[:19]}.{fraction:09d}{text[19:]}" if fraction else text
+
+
+def kind_in_words(kind: str, not_frozen: Sequence[str]) -> str:
+    """``quiesced`` is said only of all that was frozen."""
+    return f"{kind} except {', '.join(not_frozen)}" if not_frozen else kind

@@ -7,17 +7,19 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vmrewind.capture.dirty import undeclared_gap
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError, VmrewindError, VmStateError
-from vmrewind.history.history import History
 from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.paths import VmPaths
 from vmrewind.repository.layout import REPOSITORY
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.vmconfig.model import Invalid, VmConfig, check_name
 from vmrewind.vmconfig.toml import load_toml
+
+if TYPE_CHECKING:
+    from vmrewind.history.history import History
 
 VM_HELP: Final = "The VM: its TOML file, its name, or URL/VM for one that a repository holds."
 _WITH_PLACE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*", re.DOTALL)
@@ -61,6 +63,9 @@ class VmHandle:
                 repository = Repository.open(self.repository_url).vm(self.name)
             except (RepositoryError, CorruptionError) as error:
                 unreachable = error
+        # Most commands need no history, and what reads it takes longer to load than they take.
+        from vmrewind.history.history import History
+
         gap = undeclared_gap(self.paths.dirty_map)
         history = History.open(self.name, self.journal, repository, bases=self.paths.bases, problem=unreachable)
         # Asked before and after: one that was declared in between is in the records, or not yet.
@@ -88,6 +93,8 @@ class StoredVm:
 
     def history(self) -> History:
         """Its history, from the repository alone. Raises what keeps that from being read."""
+        from vmrewind.history.history import History
+
         history = History.open(self.name, None, self.repository())
         if history.problem is not None:
             raise history.problem
