@@ -98,6 +98,11 @@ class VmPaths:
         return self.runtime / "nbd.sock"
 
     @property
+    def filling_socket(self) -> Path:
+        """Capture's, as long as the process that completes the VM's images serves QEMU at ``nbd_socket``."""
+        return self.runtime / "filling.sock"
+
+    @property
     def control_socket(self) -> Path:
         """The socket for questions and instructions to capture: one JSON object a line, one answer each."""
         return self.runtime / "control.sock"

@@ -338,7 +338,6 @@ def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path:
             return host.run("timeout", "40", "sh", "-c", f"grep -m1 -a '{pattern}' <{pty}", check=False).stdout
 
         kept = directory / "kept"
-        refused(2, "--protect is for VMs without libvirt", "--keep", kept, "--protect")
         (directory / "closed").mkdir(mode=0o700)
         refused(2, "cannot get there", "--keep", directory / "closed" / "kept")
         assert not list((directory / "closed").iterdir())

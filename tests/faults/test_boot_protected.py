@@ -119,7 +119,7 @@ class Copy:
 
     @property
     def socket(self) -> Path:
-        return self.paths.runtime / "boot.sock"
+        return self.paths.nbd_socket
 
     @property
     def base_is_made(self) -> bool:

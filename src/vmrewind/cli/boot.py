@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from vmrewind.cli.boot_domain import BootedDomain, boot_domain
+from vmrewind.cli.boot_domain import BootedDomain, Kept, boot_domain
 from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.drill import ending_by_signals
 from vmrewind.cli.progress import byte_progress
 from vmrewind.errors import UsageError
+from vmrewind.history.history import History
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, private_directory
@@ -56,7 +57,7 @@ def boot(
     ] = None,
     protect: Annotated[
         bool,
-        Parameter(negative="", help="With --keep, no libvirt: a protected VM, with a history of its own from its first write on."),
+        Parameter(negative="", help="With --keep: it is a protected VM, with a history of its own from its first write on."),
     ] = False,
     branch: BranchOption = None,
     connect: Annotated[str, Parameter(help="libvirt's URI, for a VM of libvirt.")] = DEFAULT_URI,
@@ -99,23 +100,21 @@ def boot(
 
         directory = scratch or Path(tempfile.gettempdir())
         if stored.suffix == "xml":
-            if protect:
-                raise UsageError(
-                    "--protect is for VMs without libvirt",
-                    f"leave it out; once {own} is kept, and shut off: vmrewind protect {own}",
-                )
+            if protect and paths.state.exists():
+                raise UsageError(f"there was a VM called {own} here: {paths.state}", "give it another name with --name")
             booted = BootedDomain(history, position, stored, own, formats, wires)
+            kept_domain = None
+            if keep is not None:
+                kept_domain = Kept(keep, _repository(history) if protect else None, _lasting(vm, found))
             with _places(paths, booted.owner):
-                boot_domain(booted, connect, paths.nbd_socket, directory, keep, ready, say, json=json)
+                boot_domain(booted, connect, paths.nbd_socket, directory, kept_domain, ready, say, json=json)
             return 0
         with _places(paths, None), contextlib.ExitStack() as opened:
             keeping: Keeping | None = None
             protecting: Protecting | None = None
             if keep is not None:
-                url = history.reachable_repository("what --keep names").repository.url
-                url = url if "://" in url else str(Path(url).absolute())
                 progress = opened.enter_context(byte_progress(json=json))
-                kept = KeptVm(own, url, protect)
+                kept = KeptVm(own, _repository(history), protect)
                 if protect:
                     # Not needed otherwise, and not quickly loaded.
                     from vmrewind.recover.protecting import Protecting
@@ -136,7 +135,7 @@ def boot(
             if protecting is not None:
 
                 def hand_over() -> None:
-                    serving.hand_over(paths.nbd_socket)
+                    serving.hand_over(protecting.successor)
                     # What is not read any more is not to be held on to for as long as the VM runs.
                     serving_until.close()
                     history.close()
@@ -154,6 +153,11 @@ def boot(
                 ready=lambda pid: ready(left_out, {"pid": pid}),
                 staying=keeping or protecting,
             )
+
+
+def _repository(history: History) -> str:
+    url = history.reachable_repository("what --keep names").repository.url
+    return url if "://" in url else str(Path(url).absolute())
 
 
 def _lasting(argument: str, found: VmHandle | StoredVm) -> str:

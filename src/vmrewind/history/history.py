@@ -125,7 +125,7 @@ class History:
                 targets = {disk.target for info in here for disk in info.disks}
                 made.begun = {target: found for target in targets if (found := begun_base(journal, target)) is not None}
             if head is not None and journal is not None:
-                made.unrecorded = unrecorded(head, [disk.target for info in here for disk in info.disks])
+                made.unrecorded = unrecorded(head, [disk.target for info in here for disk in info.disks], journal)
                 # A run that began meanwhile removed the head before it touched an image.
                 if made.unrecorded and read_head(journal, lambda _: None) != head:
                     made.unrecorded = {}

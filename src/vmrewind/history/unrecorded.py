@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from vmrewind.journal.identity import changed_since
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.runs import Head
 
 CHANGED = "the image is not as the last run left it: it was used without vmrewind since"
 
 
-def unrecorded(head: Head, targets: Iterable[str]) -> dict[str, str]:
+def unrecorded(head: Head, targets: Iterable[str], journal: Path) -> dict[str, str]:
     """The disks, of ``targets``, that hold what no history has, and why that is known. Best asked while no capture lives."""
     if head.gap is not None:
         return dict.fromkeys(targets, head.gap)
+    if (journal / FILLING).exists():
+        # Somebody may have gone on completing the images after the run's end, and with nothing but what history has.
+        return {}
     return {target: CHANGED for target, left in head.images.items() if changed_since(left)}

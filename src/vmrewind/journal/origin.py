@@ -1,6 +1,7 @@
 """What a VM that was begun from another one's moment still lacks: two kinds of small files in its journal's directory.
 
-``filling.json``: the images do not hold all of that moment yet, so nobody may start on them. ``origin-<disk>.json``: the disk's
+``filling.json``: the images do not hold all of that moment yet, so nobody may start on them but in front of the process that
+completes them, which it names. ``origin-<disk>.json``: the disk's
 first base, which is that moment, is not in the repository yet. Each is there before the guest's first write, and goes once its
 subject is durable.
 """
@@ -8,7 +9,7 @@ subject is durable.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def made(journal: Path, target: str) -> None:
     sync_directory(journal)
 
 
-def note_filling(journal: Path, targets: Sequence[str]) -> None:
-    """Note durably that the images of these disks are not complete."""
-    write_durably(journal / FILLING, json.dumps({"disks": list(targets)}).encode() + b"\n")
+def note_filling(journal: Path, targets: Sequence[str], by: Mapping[str, int | str]) -> None:
+    """Note durably that the images of these disks are not complete. ``by``: the process that completes them, as it names itself."""
+    write_durably(journal / FILLING, json.dumps({"disks": list(targets), "by": dict(by)}).encode() + b"\n")
 
 
 def filling(journal: Path) -> list[str]:
@@ -69,6 +70,16 @@ def filling(journal: Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
+        raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
+
+
+def filling_by(journal: Path) -> object:
+    """What ``note_filling`` noted of the process, None if there is no such note. Raises CorruptionError."""
+    try:
+        return json.loads((journal / FILLING).read_bytes()).get("by")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
         raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
 
 

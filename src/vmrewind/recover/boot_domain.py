@@ -14,6 +14,7 @@ SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """What ends it. To be blocked before any thread starts: they inherit that, and the signals wait for ``sigtimedwait``."""
 _POLL_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60
+_AGAIN: Final = "boot it again, and let the copy end"
 
 
 class StayingDomain(Protocol):
@@ -27,7 +28,10 @@ class StayingDomain(Protocol):
         """Once its CPU runs."""
 
     def go_on(self, domain: Domain) -> None:
-        """Again and again, until it is kept or has ended. What it raises ends all."""
+        """Again and again while it runs. What it raises ends all."""
+
+    def end(self) -> None:
+        """Once it has ended, if it was begun."""
 
 
 def run_domain(
@@ -45,36 +49,29 @@ def run_domain(
         if staying is None:
             while domain.active and signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is None:
                 pass
-            return
-        _accompany(domain, staying)
-        _until_ended(domain, say)
+        else:
+            staying.begin(domain)
+            _accompany(domain, staying, say)
     finally:
         domain.destroy()
+        if staying is not None:
+            staying.end()
         if nvram is not None and (staying is None or not staying.kept):
             nvram.unlink(missing_ok=True)
 
 
-def _accompany(domain: Domain, staying: StayingDomain) -> None:
-    staying.begin(domain)
-    while not staying.kept:
-        if not domain.active:
-            raise VmrewindError(
-                "the VM ended before the copy was complete: nothing was kept", "boot it again, and let the copy end"
-            )
-        if signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is not None:
-            raise VmrewindError("ended before the copy was complete: nothing was kept", "boot it again, and let the copy end")
-        staying.go_on(domain)
-
-
-def _until_ended(domain: Domain, say: Callable[[str], None]) -> None:
+def _accompany(domain: Domain, staying: StayingDomain, say: Callable[[str], None]) -> None:
     pressed_at = None
     while domain.active:
-        if pressed_at is not None and time.monotonic() > pressed_at + _SHUTDOWN_SECONDS:
+        staying.go_on(domain)
+        asked = signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is not None
+        if asked and not staying.kept:
+            raise VmrewindError("ended before the copy was complete: nothing was kept", _AGAIN)
+        if pressed_at is not None and (asked or time.monotonic() > pressed_at + _SHUTDOWN_SECONDS):
             return
-        if signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is None:
-            continue
-        if pressed_at is not None:
-            return
-        say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
-        pressed_at = time.monotonic()
-        domain.shut_down()
+        if asked:
+            say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
+            pressed_at = time.monotonic()
+            domain.shut_down()
+    if not staying.kept:
+        raise VmrewindError("the VM ended before the copy was complete: nothing was kept", _AGAIN)

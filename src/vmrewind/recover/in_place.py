@@ -204,7 +204,7 @@ def _refuse_unrecorded(name: str, journal: Path, images: Mapping[str, Path]) -> 
     head = read_head(journal, lambda _: None)
     if head is None:
         return
-    found = unrecorded(head, images)
+    found = unrecorded(head, images, journal)
     for target, path in images.items():
         if target in found:
             raise ImageError(

@@ -43,7 +43,7 @@ class KeepingDomain:
         self._images = {target: self._directory / f"{target}.raw" for target in targets}
         self._name = name
         self._owner = owner
-        self._document = on_images(xml, self._images)
+        self._document = on_images(xml, self._images, dict.fromkeys(targets, "raw"))
         self.config = self._directory / f"{name}.xml"
         self._progress = progress
         self._say = say
@@ -77,6 +77,8 @@ class KeepingDomain:
 
     def go_on(self, domain: Domain) -> None:
         """Look how far libvirt is; once all disks are level, switch them over and define the domain. Raises VmrewindError."""
+        if self.kept:
+            return
         try:
             copies = {target: domain.copy_progress(target) for target in self._images}
             for target, copy in copies.items():
@@ -112,6 +114,9 @@ class KeepingDomain:
         except LibvirtError as error:
             raise LibvirtError(f"{self._name} was copied, but {error}", f"virsh define {self.config}") from None
         self._say(f"kept: {self.config}, and defined; {self._name} runs on its own images from here on")
+
+    def end(self) -> None:
+        """Nothing is left to be done."""
 
     def _room(self) -> str:
         found = os.statvfs(self._directory)

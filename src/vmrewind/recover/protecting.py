@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qemu.qmp import QMPClient
 
-from vmrewind.errors import UsageError, VmrewindError
+from vmrewind.errors import UsageError
 from vmrewind.history.view import View
-from vmrewind.journal.origin import FILLING, Origin, filled, note_filling
-from vmrewind.journal.runs import Position, private_directory, sync_directory, write_durably
+from vmrewind.journal.runs import Position, sync_directory, write_durably
 from vmrewind.paths import VmPaths
+from vmrewind.recover.completing import Completing
 from vmrewind.recover.filling import Filling
 from vmrewind.recover.keep import KeptVm, kept_toml, make_directory, until_ended
 from vmrewind.recover.restore import Progress
-from vmrewind.repository.manifest import new_base_id
 from vmrewind.start.keeping import Keeper
 from vmrewind.start.serving import Storage
 from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.toml import load_toml
-
-_RETRY_SECONDS = 5.0
 
 
 class Protecting:
@@ -61,15 +56,13 @@ class Protecting:
         make_directory(directory)
         self._path = self._directory / f"{vm.name}.toml"
         self._origin = (of, position)
-        self._progress = progress
         self._say = say
-        self._fillings: dict[str, Filling] = {}
+        self._completing = Completing(self._paths, self.images, progress, say)
         self.hand_over: Callable[[], None] = lambda: None
         """Leads QEMU to capture."""
         self._keeper: Keeper | None = None
         self._ran = False
         self._stop = asyncio.Event()
-        self._ending = threading.Event()
         self._filling: asyncio.Task[None] | None = None
         try:
             write_durably(self._path, text)
@@ -80,18 +73,17 @@ class Protecting:
 
     @property
     def socket(self) -> Path:
-        """Where QEMU connects to: this process first, then capture."""
-        return self._paths.runtime / "boot.sock"
+        """Where QEMU connects to: this process first, then capture, which is at ``successor`` until then."""
+        return self._paths.nbd_socket
 
     @property
-    def journal(self) -> Path:
-        """Its journal's directory."""
-        return self._paths.default_journal
+    def successor(self) -> Path:
+        """See ``socket``."""
+        return self._paths.filling_socket
 
     def filling(self, target: str, view: View) -> Filling:
         """A disk that QEMU is to run on. Raises ImageError, SpaceError."""
-        made = self._fillings[target] = Filling(view, self.images[target], target, self._paths.nbd_socket)
-        return made
+        return self._completing.filling(target, view)
 
     def give_up(self) -> None:
         """Remove everything, unless a guest has run."""
@@ -102,16 +94,13 @@ class Protecting:
     async def begin(self) -> None:
         """Bring capture and ship up, with the disks assigned. Raises what stops a start."""
         of, position = self._origin
-        private_directory(self.journal)
         assert self.config.uuid is not None, "it was given one"
-        bases = {target: new_base_id(time.time_ns()) for target in self.images}
-        for target, base in bases.items():
-            Origin(of, position, base, self.config.uuid).write(self.journal, target)
-        note_filling(self.journal, list(self.images))
+        self._completing.note(of, position, self.config.uuid)
         sync_directory(self._directory)
         given = self.config.protection
-        keeper = Keeper(Storage(self.config.name, self.journal, given.journal_size, given.local_history), "direct")
-        await keeper.bring_up(lambda: self.config, self._say, filling=bases)
+        storage = Storage(self.config.name, self._paths.default_journal, given.journal_size, given.local_history)
+        keeper = Keeper(storage, "direct", nbd_socket=self.successor)
+        await keeper.bring_up(lambda: self.config, self._say)
         self._keeper = keeper
 
     async def accompany(self, pid: int, monitor: QMPClient, ended: asyncio.Future[int], stop: asyncio.Event) -> int:
@@ -134,9 +123,7 @@ class Protecting:
             asked = asyncio.ensure_future(self._stop.wait())
             await asyncio.wait({self._filling, asked}, return_when=asyncio.FIRST_COMPLETED)
             asked.cancel()
-        self._ending.set()
-        for filling in self._fillings.values():
-            filling.abandon()
+        self._completing.stop()
         try:
             if self._filling is not None:
                 await self._filling
@@ -147,36 +134,17 @@ class Protecting:
             return
         for words in self._keeper.left_behind:
             self._say(words)
-        if (self.journal / FILLING).exists():
+        if self._completing.lacking:
             self._say(f"{name}: its images are not complete: `vmrewind restore {name} --in-place` completes them")
 
     async def _fill(self) -> None:
-        for target, filling in self._fillings.items():
-            await self._fill_one(target, filling)
-        if self._ending.is_set():
-            return
         try:
-            # From here on the VM may start on them.
-            await asyncio.to_thread(filled, self.journal)
+            await asyncio.to_thread(self._completing.run)
+            if not self._completing.complete:
+                return
+            # It may start on them by now.
             await asyncio.to_thread(self.hand_over)
         except OSError as error:
             self._say(f"{self.config.name}: {error}: its disks stay behind this command until it ends")
             return
         self._say(f"kept: {self._path}; {self.config.name} runs on its own images from here on")
-
-    async def _fill_one(self, target: str, filling: Filling) -> None:
-        def progress(done: int, total: int) -> None:
-            self._progress(f"copy of {target}", done, total)
-
-        told = ""
-        while not self._ending.is_set():
-            try:
-                await asyncio.to_thread(filling.fill, self._ending, progress)
-                return
-            except VmrewindError as error:
-                # The guest runs on the moment all the same.
-                words = f"{error} ({error.hint})" if error.hint else str(error)
-                if words != told:
-                    told = words
-                    self._say(f"{target}: cannot be copied now, and is tried again: {words}")
-            await asyncio.to_thread(self._ending.wait, _RETRY_SECONDS)

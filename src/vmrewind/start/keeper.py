@@ -27,6 +27,7 @@ from vmrewind.start.keeping import Keeper
 from vmrewind.start.leftovers import connected
 from vmrewind.start.libvirt import Libvirt, qemu_owner
 from vmrewind.start.listening import listen
+from vmrewind.start.origins import first_bases
 from vmrewind.start.places import make_places
 from vmrewind.start.serving import Storage
 from vmrewind.start.unprotected import UnprotectedServer, prepare_images
@@ -79,7 +80,8 @@ async def _keep(domain: str, xml_path: Path, report_ready: Callable[[], None]) -
     storage = Storage(
         peeked.name, peeked.journal or VmPaths(peeked.name).default_journal, peeked.journal_size, peeked.local_history
     )
-    keeper = Keeper(storage, "libvirt", qemu_owner())
+    paths = VmPaths(storage.name)
+    keeper = Keeper(storage, "libvirt", qemu_owner(), paths.filling_socket if first_bases(storage.journal) else None)
     stop = asyncio.Event()
     ready = asyncio.Event()
     _heed_signals(keeper, stop, ready)

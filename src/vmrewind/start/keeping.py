@@ -12,9 +12,8 @@ import contextlib
 import fcntl
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from vmrewind.errors import CorruptionError, VmStateError
@@ -106,19 +105,17 @@ class Keeper:
         say: Callable[[str], None],
         progress: Progress | None = None,
         backup: Sequence[str] = (),
-        filling: Mapping[str, str] = MappingProxyType({}),
     ) -> VmConfig:
         """Create capture, read the configuration, assign the disks, create ship. On failure nothing is left behind.
 
-        ``backup``: disks that get a new base in any case, before they are assigned; ``progress`` is told of that. ``filling``: as
-        for ``Planner.plan``.
+        ``backup``: disks that get a new base in any case, before they are assigned; ``progress`` is told of that.
         """
         make_places(self.paths, self._owner)
         self._lock_vm()
         await clear_leftovers(self.paths)
         self.events.write("start.begin", vm=self.storage.name, run=self.run_name, mode=self.mode)
         try:
-            return await self._bring_up(load, say, lambda planner: planner.plan(self.run, backup, filling), progress)
+            return await self._bring_up(load, say, lambda planner: planner.plan(self.run, backup), progress)
         except BaseException as error:
             self.events.write("start.failed", error=str(error) or type(error).__name__)
             await self.stop()

@@ -1,4 +1,7 @@
-"""Bases that are another VM's moment: made of its history, as long as that has the moment."""
+"""A VM that was begun from another one's moment: its first start, and its first bases, which are that moment.
+
+They are made of the other VM's history, as long as that has the moment.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,29 @@ from vmrewind.errors import ImageError, MomentError
 from vmrewind.history.view import View
 from vmrewind.journal import origin as origins
 from vmrewind.journal.origin import Origin
-from vmrewind.journal.runs import write_durably
+from vmrewind.journal.runs import local_runs, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.repository.base import make_base_of
 from vmrewind.repository.chunks import CHUNK_SIZE
 from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.repository import VmRepository
+from vmrewind.start.processes import Process
 from vmrewind.start.resolve import open_any
 
 Progress = Callable[[int, int, int], None]
 """Called with (bytes done, bytes in total, bytes sent)."""
+
+
+def first_bases(journal: Path) -> dict[str, str]:
+    """The first bases, by disk, of a VM that is started for the first time, in front of the process that completes its images.
+
+    Empty for any other start, also if that process has died. Raises CorruptionError.
+    """
+    by = Process.noted(origins.filling_by(journal))
+    if by is None or not by.alive or local_runs(journal, lambda _: None):
+        return {}
+    found = {target: Origin.read(journal, target) for target in origins.filling(journal)}
+    return {target: origin.base for target, origin in found.items() if origin is not None}
 
 
 def complete_from(

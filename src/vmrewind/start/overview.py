@@ -107,7 +107,7 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             problems.append("the journal is full and the guest's writes are held until it has room")
     elif head is not None:
         since = datetime.fromtimestamp(head.position.time_ns / 1e9).astimezone().isoformat(timespec="seconds")
-        for target, cause in unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else ()).items():
+        for target, cause in unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else (), handle.journal).items():
             problems.append(f"{target}: history has a gap since {since}, until the next protected start resyncs it: {cause}")
     elif runs:
         problems.append(

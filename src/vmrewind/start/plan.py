@@ -15,7 +15,6 @@ import uuid as uuids
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from vmrewind.capture.image import Image
 from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmStateError
@@ -39,6 +38,7 @@ from vmrewind.start.bases import Progress, back_up, begin, complete_begun, is_of
 from vmrewind.start.continuity import goes_on, newest_run
 from vmrewind.start.images import refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
+from vmrewind.start.origins import first_bases
 from vmrewind.start.past import Past, look_back
 from vmrewind.start.supersession import Answer, ask, refuse_superseded
 from vmrewind.vmconfig.model import VmConfig
@@ -102,13 +102,13 @@ class Planner:
         answer = ask(config.protection.repository, config.name, journal)
         return cls(config, paths, journal, events, say, progress, answer)
 
-    def plan(self, run: int, backup: Sequence[str] = (), filling: Mapping[str, str] = MappingProxyType({})) -> Plan:
+    def plan(self, run: int, backup: Sequence[str] = ()) -> Plan:
         """Finish the past, make the bases that are missing, and describe the run. Raises what stops a start.
 
-        ``backup``: disks that get a base whether they need one or not, and whatever their size is now. ``filling``: bases by disk
-        that are made of another VM's moment, which the caller puts into the images while the run goes on.
+        ``backup``: disks that get a base whether they need one or not, and whatever their size is now.
         """
-        if not filling:
+        firsts = first_bases(self.journal)
+        if not firsts:
             self.refuse_pending_restore()
         vm_uuid = self.vm_uuid()
         if self.repository is not None:
@@ -133,7 +133,7 @@ class Planner:
                     self._check_size(image, past, vm_uuid)
                 image.extend()
                 continuous = self._continues(image, past)
-                base = filling.get(image.target) or self._matching_base(image, vm_uuid)
+                base = firsts.get(image.target) or self._matching_base(image, vm_uuid)
                 begun = self._begun(image, past)
                 if image.target in backup:
                     base = self._back_up(image, vm_uuid, begun)

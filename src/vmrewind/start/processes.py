@@ -43,6 +43,18 @@ class Process:
         fields = stat.rpartition(")")[2].split()
         return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
 
+    def note(self) -> dict[str, int | str]:
+        """What makes it known to whoever reads that later, after a reboot too."""
+        return {"boot": _boot(), **asdict(self)}
+
+    @classmethod
+    def noted(cls, plain: Any) -> Process | None:
+        """What ``note`` noted; None if it is of another boot, or cannot be read."""
+        try:
+            return _process(plain) if plain["boot"] == _boot() else None
+        except (KeyError, TypeError, ValueError):
+            return None
+
     @property
     def alive(self) -> bool:
         """Whether it still runs."""

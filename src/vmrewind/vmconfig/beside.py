@@ -13,6 +13,9 @@ from typing import Final
 from lxml import etree
 
 from vmrewind.errors import ConfigError
+from vmrewind.vmconfig.domain import read_protection
+from vmrewind.vmconfig.model import Invalid, config_error
+from vmrewind.vmconfig.rewrite import protect_domain
 from vmrewind.vmconfig.xml import disk_elements, local_name, parse_xml
 
 _KEPT_DEVICES: Final = frozenset(
@@ -81,19 +84,46 @@ def beside(
     return etree.tostring(domain), left_out
 
 
-def on_images(xml: bytes, images: Mapping[str, Path]) -> bytes:
-    """The XML of a domain with its disks, by target, on raw images instead of what ``beside`` gave them."""
+def on_images(xml: bytes, images: Mapping[str, Path], formats: Mapping[str, str]) -> bytes:
+    """The XML of a domain with its disks, by target, on images of these formats instead of what ``beside`` gave them."""
     domain = parse_xml(xml)
     disks = disk_elements(domain)
     for target, image in images.items():
         disk = disks[target]
         disk.set("type", "file")
-        _drop(disk, "backingStore")
+        if formats[target] == "raw":
+            _drop(disk, "backingStore")
         for driver in disk.findall("driver"):
-            driver.set("type", "raw")
+            driver.set("type", formats[target])
         for source in disk.findall("source"):
             disk.replace(source, etree.Element("source", file=str(image)))
     return etree.tostring(domain)
+
+
+def protected_beside(
+    document: bytes,
+    xml: bytes,
+    images: Mapping[str, Path],
+    formats: Mapping[str, str],
+    socket: Path,
+    repository: str,
+    *,
+    reconnect: bool,
+) -> bytes:
+    """The XML of a domain that is protected as ``document``'s is, but with another journal. ``xml``: what ``beside`` made of that.
+
+    ``images``: those of its disks, by target. Raises ConfigError, ImageError.
+    """
+    original = parse_xml(document)
+    try:
+        given = read_protection(original)
+    except Invalid as error:
+        raise config_error(f"domain {original.findtext('name')!r}", error) from None
+    changes = {name: getattr(given, name) for name in given.__struct_fields__ if name not in ("enabled", "disk", "journal")}
+    plain = on_images(xml, images, formats)
+    return protect_domain(
+        plain, list(images), socket=str(socket), reconnect=reconnect, changes=changes | {"repository": repository}
+    ).xml
 
 
 def _refit(device: etree._Element, formats: Mapping[str, str], socket: Path, network: str | None) -> str | None:

@@ -1,0 +1,94 @@
+"""The images of a VM that was begun from a moment, completed while it runs: what is common to a QEMU of ours and a domain."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from vmrewind.errors import VmrewindError
+from vmrewind.history.view import View
+from vmrewind.journal.origin import FILLING, Origin, filled, note_filling
+from vmrewind.journal.runs import Position, private_directory
+from vmrewind.nbd.client import Closed
+from vmrewind.paths import VmPaths
+from vmrewind.recover.filling import Filling
+from vmrewind.recover.restore import Progress
+from vmrewind.repository.manifest import new_base_id
+from vmrewind.start.processes import Process
+
+_RETRY_SECONDS: Final = 5.0
+
+
+class Completing:
+    """Of the VM that has ``paths``, with its ``images`` by disk. ``run`` is for a thread, everything else for another one."""
+
+    def __init__(self, paths: VmPaths, images: Mapping[str, Path], progress: Progress, say: Callable[[str], None]) -> None:
+        self._paths = paths
+        self._images = images
+        self._progress = progress
+        self._say = say
+        self._fillings: dict[str, Filling] = {}
+        self._ending = threading.Event()
+        self.complete = False
+
+    @property
+    def lacking(self) -> bool:
+        """Whether it is on disk that the images are not complete."""
+        return (self._paths.default_journal / FILLING).exists()
+
+    def filling(self, target: str, view: View) -> Filling:
+        """A disk that QEMU is to run on. Raises ImageError, SpaceError."""
+        made = self._fillings[target] = Filling(view, self._images[target], target, self._paths.filling_socket)
+        return made
+
+    def note(self, of: str, position: Position, uuid: str) -> None:
+        """Note durably, before the VM's first start, from which moment of the VM ``of`` the one with ``uuid`` is begun."""
+        journal = self._paths.default_journal
+        private_directory(journal)
+        for target in self._images:
+            Origin(of, position, new_base_id(time.time_ns()), uuid).write(journal, target)
+        own = Process.of(os.getpid())
+        assert own is not None, "this process is alive"
+        note_filling(journal, list(self._images), own.note())
+
+    def run(self) -> None:
+        """Complete the images, however often it has to be tried, unless ``stop`` comes before. Raises OSError."""
+        for target, filling in self._fillings.items():
+            self._complete(target, filling)
+        if self._ending.is_set():
+            return
+        try:
+            for filling in self._fillings.values():
+                # Capture notes what an image is when it ends. It has not ended: what it notes is the complete one.
+                filling.flush()
+        except Closed:
+            return
+        filled(self._paths.default_journal)
+        self.complete = True
+
+    def stop(self) -> None:
+        """Let ``run`` end soon; requests that wait for capture fail."""
+        self._ending.set()
+        for filling in self._fillings.values():
+            filling.abandon()
+
+    def _complete(self, target: str, filling: Filling) -> None:
+        def progress(done: int, total: int) -> None:
+            self._progress(f"copy of {target}", done, total)
+
+        told = ""
+        while not self._ending.is_set():
+            try:
+                filling.fill(self._ending, progress)
+                return
+            except VmrewindError as error:
+                # The guest runs on the moment all the same.
+                words = f"{error} ({error.hint})" if error.hint else str(error)
+                if words != told:
+                    told = words
+                    self._say(f"{target}: cannot be copied now, and is tried again: {words}")
+            self._ending.wait(_RETRY_SECONDS)
