@@ -110,11 +110,11 @@ class ProtectingDomain:
 
     def begin(self, domain: Domain) -> None:
         """Complete the images while it runs. Raises StartError."""
-        # Once it runs it may have written.
-        self.kept = True
         keeping = running(self._paths)
         if keeping is None or not keeping.protected:
+            # No write of it was answered.
             raise StartError(f"{domain.name} was started without vmrewind's hook", "see whether libvirt runs its hooks")
+        self.kept = True
         self._thread.start()
 
     def go_on(self, domain: Domain) -> None:
