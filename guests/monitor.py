@@ -17,7 +17,11 @@ class Monitor:
     def __init__(self, path: Path, timeout_seconds: float = 30) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout_seconds)
-        self._socket.connect(str(path))
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()
+            raise
         self._stream = self._socket.makefile("rwb")
         self._stream.readline()
         self.execute("qmp_capabilities")

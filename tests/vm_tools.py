@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from guests.images import ext4_files, ext4_image, replay_and_check_ext4
+from guests.images import ext4_files, ext4_image, raw_image, replay_and_check_ext4
 from guests.kernel import linux
 from guests.machine import qemu_command
 from guests.protected import Disk, ProtectedVm, vmrewind
@@ -38,6 +38,28 @@ def writer_vm(
     if not vm.repository.exists():
         vmrewind("init", vm.repository)
     return vm
+
+
+class IdleVm(ProtectedVm):
+    """A VM that finds nothing to boot, with a raw disk of zeroes: who writes is the test."""
+
+    def __init__(self, directory: Path, name: str, **protection: str | int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.image = raw_image(directory / "vda.raw", 64 << 20)
+        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "16", "-display", "none", "-nodefaults", "-no-reboot"]
+        command += ["-serial", f"file:{directory / 'serial'}"]
+        super().__init__(directory, name, command, [Disk("vda", self.image)], **{"journal_size": "64MiB", **protection})
+        if not self.repository.exists():
+            vmrewind("init", self.repository)
+
+    _DEVICE = "/machine/peripheral/vmrewind-vda/virtio-backend"
+
+    def write(self, pattern: int, offset: int = 0, length: int = 1 << 20) -> None:
+        """Write and flush as a guest does, through the machine's own device; returns when both are answered."""
+        with self.monitor() as monitor:
+            for command in (f"write -P {pattern} {offset} {length}", "flush"):
+                said = monitor.execute("human-monitor-command", **{"command-line": f'qemu-io -d {self._DEVICE} "{command}"'})
+                assert not said, said
 
 
 def restore(vm: ProtectedVm, moment: str, output: Path, *more: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 What a fork runs is what the installed script runs, ``vmrewind.cli.main.main``, in a process of its own with its own arguments,
 environment, directory and output. What asks for another interpreter or sees another network than that process is started.
+A directory called ``hooks-of-children`` on PYTHONPATH is for the processes that commands start, which get it from either.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from guests.protected import VMREWIND
 
 TIMEOUT_SECONDS = 600
+CHILDREN = "hooks-of-children"
 _LENGTH = struct.Struct("<I")
 _ROOT = Path(__file__).parents[1]
 
@@ -68,6 +70,8 @@ class WarmCommands:
     def _surroundings() -> tuple[object, ...]:
         """What a process that runs already does not take over from who asks it."""
         interpreter = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
+        path = interpreter.pop("PYTHONPATH", "").split(os.pathsep)
+        interpreter["PYTHONPATH"] = os.pathsep.join(part for part in path if Path(part).name != CHILDREN)
         spaces = [Path(f"/proc/thread-self/ns/{kind}").readlink() for kind in ("net", "mnt")]
         return interpreter, spaces, os.getuid(), os.getpid()
 

@@ -10,87 +10,69 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from guests.protected import ProtectedVm, vmrewind
+from guests.protected import vmrewind
 from guests.writer import acknowledged
-from tests.vm_tools import check_files, files_in, restore, writer_vm
+from tests.capture_tools import until
+from tests.e2e.test_start_after import MIB, SIZE, Alone
+from tests.vm_tools import IdleVm, check_files, files_in, restore, writer_vm
 
 
-def run_once(vm: ProtectedVm, files: int = 5) -> None:
-    """Start, wait for some more files, end."""
-    vm.console.path.unlink(missing_ok=True)
-    vm.start()
-    vm.wait_for(f"(?s)(^ACK .*){{{files}}}")
-    vm.quit()
-
-
-def wait_for_resync(vm: ProtectedVm) -> dict[str, object]:
-    """Wait until the gap that the run began with is closed; the event."""
-    deadline = time.monotonic() + 60
-    while "resync.done" not in names(vm):
-        assert "resync.failed" not in names(vm), vm.events()
-        assert time.monotonic() < deadline, vm.events()
-        time.sleep(0.05)
-    return next(event for event in vm.events() if event["event"] == "resync.done")
-
-
-def names(vm: ProtectedVm) -> list[str]:
-    return [event["event"] for event in vm.events()]
+def now() -> str:
+    """This instant, with nothing else that happens in it."""
+    time.sleep(0.002)
+    moment = datetime.now(UTC).isoformat()
+    time.sleep(0.002)
+    return moment
 
 
 def test_a_second_run_continues_the_first(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "twice", pause_ms=20) as vm:
-        run_once(vm)
-        assert "base.begun" in names(vm)
-        between = datetime.now(UTC).isoformat()
-        shutil.copyfile(tmp_path / "vda.raw", tmp_path / "between.raw")
-        run_once(vm)
-        assert "base.begun" not in names(vm) and "history.gap" not in names(vm)
-    restore(vm, between, tmp_path / "at")
-    assert (tmp_path / "at" / "vda.raw").read_bytes() == (tmp_path / "between.raw").read_bytes()
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        assert "base.begun" in alone.events()
+        alone.write(ready, 1)
+    between, image = now(), alone.image.read_bytes()
+    with alone.serving() as ready:
+        events = alone.events()
+        assert "base.begun" not in events and "history.gap" not in events
+        alone.write(ready, 2)
+    assert alone.restored(between) == image
+    assert alone.restored("latest") == alone.image.read_bytes() != image
 
 
 def test_an_image_changed_while_off_is_a_gap_and_not_guessed(tmp_path: Path) -> None:
-    image = tmp_path / "vda.raw"
-    with writer_vm(tmp_path, "changed", pause_ms=20) as vm:
-        run_once(vm)
-        between = datetime.now(UTC).isoformat()
-        with image.open("r+b") as file:
-            file.seek(150 << 20)
-            file.write(b"behind our back")
-        vm.console.path.unlink()
-        vm.start()
-        assert "history.gap" in names(vm) and "base.begun" not in names(vm)
-        vm.wait_for("^ACK")
-        done = wait_for_resync(vm)
-        # Only what differs is journaled anew: the block that was changed, and what the guest wrote before it was compared.
-        assert isinstance(done["bytes_journaled"], int) and 0 < done["bytes_journaled"] < 16 << 20
-        first = min(acknowledged(vm.console.text()))
-        vm.wait_for(f"^ACK {first + 10}$")
-        with vm.paused():
-            healed = datetime.now(UTC).isoformat()
-            shutil.copyfile(image, tmp_path / "healed.raw")
-            time.sleep(0.002)
-        vm.quit()
-    refused = vmrewind("restore", vm.config, "--at", between, "--output", tmp_path / "no", check=False)
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+    between = now()
+    with alone.image.open("r+b") as file:
+        file.seek(50 * MIB)
+        file.write(b"behind our back")
+    with alone.serving() as ready:
+        alone.write(ready, 2, 4 * MIB)
+        until(lambda: {"resync.done", "resync.failed"} & set(alone.events()), "the resync")
+        log = [json.loads(line) for line in vmrewind("events", alone.config, "--json").stdout.splitlines()]
+        events = {event["event"]: event for event in log}
+        assert "history.gap" in events and "base.begun" not in events
+        # Only what differs is journaled anew: the block that was changed, and what was written before it was compared.
+        assert 0 < events["resync.done"]["bytes_journaled"] < 4 * MIB
+        alone.write(ready, 3, 8 * MIB)
+        healed, image = now(), alone.image.read_bytes()
+        alone.write(ready, 4, 8 * MIB)
+    refused = vmrewind("restore", alone.config, "--at", between, "--output", tmp_path / "no", check=False)
     assert refused.returncode == 6 and "changed while the VM was off" in refused.stderr + refused.stdout
     assert not (tmp_path / "no" / "vda.raw").exists()
-    timeline = json.loads(vmrewind("timeline", vm.config, "--json").stdout)
+    timeline = json.loads(vmrewind("timeline", alone.config, "--json").stdout)
     assert "changed while the VM was off" in json.dumps(timeline)
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == image.read_bytes()
-    restore(vm, healed, tmp_path / "healed")
-    assert (tmp_path / "healed" / "vda.raw").read_bytes() == (tmp_path / "healed.raw").read_bytes()
+    assert alone.restored("latest") == alone.image.read_bytes() != image
+    assert alone.restored(healed) == image
     # The repository alone tells the same, and refuses the same.
-    shutil.rmtree(vm.journal)
-    restore(vm, healed, tmp_path / "shipped")
-    assert (tmp_path / "shipped" / "vda.raw").read_bytes() == (tmp_path / "healed.raw").read_bytes()
-    assert vmrewind("restore", vm.config, "--at", between, "--output", tmp_path / "no", check=False).returncode == 6
+    shutil.rmtree(alone.journal)
+    assert alone.restored(healed) == image
+    assert vmrewind("restore", alone.config, "--at", between, "--output", tmp_path / "no", check=False).returncode == 6
 
 
 def test_everything_killed_at_once(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "crash") as vm:
+    with writer_vm(tmp_path, "crash", size_bytes=64 * MIB) as vm:
         vm.start()
         vm.wait_for("^ACK 10$")
         processes = [p["pid"] for p in vm.status()["processes"].values()]
@@ -104,8 +86,8 @@ def test_everything_killed_at_once(tmp_path: Path) -> None:
         check_files(files_in(tmp_path / "crashed" / "vda.raw", tmp_path / "files"), known)
         vm.console.path.unlink()
         vm.start()
-        assert "journal.recovered" in names(vm) and "history.gap" in names(vm)
-        wait_for_resync(vm)
+        assert {"journal.recovered", "history.gap"} <= {event["event"] for event in vm.events()}
+        until(lambda: "resync.done" in [event["event"] for event in vm.events()], "the resync")
         vm.wait_for("^ACK")
         vm.quit()
     assert list(vm.journal.glob("runs/*-0.closed")), "the next start would make a base once the record of the gap's end is recycled"
@@ -116,111 +98,106 @@ def test_everything_killed_at_once(tmp_path: Path) -> None:
 
 
 def test_a_stop_that_leaves_records_behind_says_so(tmp_path: Path) -> None:
-    repository = tmp_path / "repository"
-    with writer_vm(tmp_path, "behind") as vm:
+    with IdleVm(tmp_path, "behind") as vm:
         vm.start()
-        vm.wait_for("^ACK 3$")
-        repository.rename(tmp_path / "away")
-        last = max(acknowledged(vm.console.text()))
-        vm.wait_for(f"^ACK {last + 3}$")
+        until(lambda: "base.made" in [event["event"] for event in vm.events()], "the base")
+        vm.repository.rename(tmp_path / "away")
+        vm.write(1)
         vm.quit()
-        said = vm.output.read_text()
-        assert "in the repository: `vmrewind ship on behind` carries it" in said
-        (tmp_path / "away").rename(repository)
+        assert "in the repository: `vmrewind ship on behind` carries it" in vm.output.read_text()
+        (tmp_path / "away").rename(vm.repository)
         vmrewind("ship", "on", vm.config)
         assert vm.status()["problems"] == []
 
 
 def test_another_size_than_the_bases_is_refused_until_a_backup_is_made(tmp_path: Path) -> None:
-    image = tmp_path / "vda.raw"
-    with writer_vm(tmp_path, "grown", pause_ms=20) as vm:
-        run_once(vm)
-        with image.open("r+b") as file:
-            file.truncate(256 << 20)
-        done = vmrewind("run", vm.config, check=False)
-        assert done.returncode == 4 and "vmrewind backup" in done.stderr and str(256 << 20) in done.stderr
-        vmrewind("backup", vm.config)
-        assert "history.gap" in names(vm), "the backup is a run of its own, and the gap lies before it"
-        run_once(vm)
-        assert "history.gap" not in names(vm) and "base.begun" not in names(vm)
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == image.read_bytes()
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+    with alone.image.open("r+b") as file:
+        file.truncate(SIZE + 16 * MIB)
+    done = vmrewind("capture", alone.config, check=False)
+    assert done.returncode == 4 and "vmrewind backup" in done.stderr and str(SIZE + 16 * MIB) in done.stderr
+    vmrewind("backup", alone.config)
+    assert "history.gap" in alone.events(), "the backup is a run of its own, and the gap lies before it"
+    with alone.serving() as ready:
+        events = alone.events()
+        assert "history.gap" not in events and "base.begun" not in events
+        alone.write(ready, 2, SIZE)
+    assert alone.restored("latest") == alone.image.read_bytes()
 
 
 def test_in_place_restore_goes_back_and_history_goes_on_from_there(tmp_path: Path) -> None:
-    image = tmp_path / "vda.raw"
-    with writer_vm(tmp_path, "back", pause_ms=20) as vm:
-        vm.start()
-        vm.wait_for("^ACK 4$")
-        with vm.paused():
-            marked = json.loads(vmrewind("mark", vm.config, "good", "--json").stdout)
-            shutil.copyfile(image, tmp_path / "good.raw")
-        running = vmrewind("restore", vm.config, "--at", "@good", "--in-place", check=False)
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+        marked = json.loads(vmrewind("mark", alone.config, "good", "--json").stdout)
+        good = alone.image.read_bytes()
+        running = vmrewind("restore", alone.config, "--at", "@good", "--in-place", check=False)
         assert running.returncode == 8
-        vm.wait_for("^ACK 12$")
-        vm.quit()
-        shutil.copyfile(image, tmp_path / "bad.raw")
-        abandoned = vm.status()["last_record"]["seq"]
-        vmrewind("restore", vm.config, "--at", "@good", "--in-place")
-        assert image.read_bytes() == (tmp_path / "good.raw").read_bytes()
-        assert restore(vm, "latest", tmp_path / "rewound")["seq"] == marked["seq"]
-        assert "taken back" in vmrewind("timeline", vm.config).stdout
-        run_once(vm)
-        assert "history.gap" not in names(vm) and "base.begun" not in names(vm)
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == image.read_bytes()
-    restore(vm, f"seq:{marked['seq']}", tmp_path / "good")
-    assert (tmp_path / "good" / "vda.raw").read_bytes() == (tmp_path / "good.raw").read_bytes()
+        alone.write(ready, 2)
+        alone.write(ready, 3, 8 * MIB)
+    bad = alone.image.read_bytes()
+    abandoned = alone.status()["last_record"]["seq"]
+    vmrewind("restore", alone.config, "--at", "@good", "--in-place")
+    assert alone.image.read_bytes() == good
+    report = vmrewind("restore", alone.config, "--at", "latest", "--output", tmp_path / "rewound", "--json").stdout
+    assert json.loads(report.splitlines()[-1])["seq"] == marked["seq"]
+    assert "taken back" in vmrewind("timeline", alone.config).stdout
+    with alone.serving() as ready:
+        events = alone.events()
+        assert "history.gap" not in events and "base.begun" not in events
+        alone.write(ready, 4, 4 * MIB)
+    assert alone.restored("latest") == alone.image.read_bytes()
+    assert alone.restored(f"seq:{marked['seq']}") == good
     # What was given up is still there, on its own branch.
-    first = min((vm.journal / "runs").glob("*.json")).stem
-    restore(vm, f"seq:{abandoned}", tmp_path / "bad", "--branch", first)
-    assert (tmp_path / "bad" / "vda.raw").read_bytes() == (tmp_path / "bad.raw").read_bytes()
+    first = min((alone.journal / "runs").glob("*.json")).stem
+    assert alone.restored(f"seq:{abandoned}", "--branch", first) == bad
 
 
 def test_what_was_shipped_restores_without_the_journal(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "shipped", pause_ms=20) as vm:
-        vm.start()
-        vm.wait_for("^ACK 10$")
-        deadline = time.monotonic() + 20
-        # Within about a second everything is there: wait for a moment at which nothing is unsent.
-        while not (ship := vm.status()["ship"]).get("shipped_seq") or ship["shipped_seq"] < 50:
-            assert time.monotonic() < deadline, ship
-            time.sleep(0.05)
-        os.kill(vm.status()["processes"]["ship"]["pid"], signal.SIGKILL)
-        vm.wait_for("^ACK 25$")
-        vm.quit()
-    shutil.rmtree(vm.journal)
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
-    restore(vm, f"seq:{ship['shipped_seq']}", tmp_path / "at")
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+        marked = json.loads(vmrewind("mark", alone.config, "shipped", "--json").stdout)
+        image = alone.image.read_bytes()
+        # Within about a second everything is there.
+        until(lambda: (alone.status()["ship"].get("shipped_seq") or 0) >= marked["seq"], "the shipping")
+        os.kill(alone.status()["processes"]["ship"]["pid"], signal.SIGKILL)
+        alone.write(ready, 2)
+        alone.write(ready, 3, 8 * MIB)
+    shutil.rmtree(alone.journal)
+    assert alone.restored("latest") == alone.image.read_bytes()
+    assert alone.restored(f"seq:{marked['seq']}") == image
 
 
 def test_ship_on_demand_carries_from_the_vms_start_on(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "demand", pause_ms=20, ship="on-demand") as vm:
-        vm.start()
-        vm.wait_for("^ACK 5$")
-        assert vm.status()["ship"]["wanted"] == []
-        assert list((vm.repository / "vms" / "demand").glob("segments/**/*-*")) == []
-        wrong = vmrewind("ship", "on", vm.config, "--disk", "vdz", check=False)
+    alone = Alone(tmp_path, ship="on-demand")
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+        marked = json.loads(vmrewind("mark", alone.config, "early", "--json").stdout)
+        early = alone.image.read_bytes()
+        assert alone.status()["ship"]["wanted"] == []
+        assert list((alone.repository / "vms" / "alone").glob("segments/**/*-*")) == []
+        wrong = vmrewind("ship", "on", alone.config, "--disk", "vdz", check=False)
         assert wrong.returncode == 2 and "vda" in wrong.stderr
-        vmrewind("ship", "on", vm.config, "--disk", "vda")
-        vm.wait_for("^ACK 20$")
-        vm.quit()
-    shutil.rmtree(vm.journal)
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
-    restore(vm, "seq:20", tmp_path / "early")
+        vmrewind("ship", "on", alone.config, "--disk", "vda")
+        alone.write(ready, 2)
+    shutil.rmtree(alone.journal)
+    assert alone.restored("latest") == alone.image.read_bytes()
+    assert alone.restored(f"seq:{marked['seq']}") == early
 
 
 def test_a_lost_host_directory_is_not_mistaken_for_a_new_vm(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "lost", pause_ms=20) as vm:
-        run_once(vm)
-        shutil.rmtree(vm.journal.parent)
-        done = vmrewind("run", vm.config, check=False)
-        assert done.returncode == 5 and 'uuid = "' in done.stderr
-        uuid = done.stderr.split('uuid = "')[1].split('"')[0]
-        vm.config.write_text(f'uuid = "{uuid}"\n' + vm.config.read_text())
-        run_once(vm)
-        assert "history.gap" in names(vm)
-    restore(vm, "latest", tmp_path / "end")
-    assert (tmp_path / "end" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1)
+    shutil.rmtree(alone.journal.parent)
+    done = vmrewind("capture", alone.config, check=False)
+    assert done.returncode == 5 and 'uuid = "' in done.stderr
+    uuid = done.stderr.split('uuid = "')[1].split('"')[0]
+    alone.config.write_text(f'uuid = "{uuid}"\n' + alone.config.read_text())
+    with alone.serving() as ready:
+        assert "history.gap" in alone.events()
+        alone.write(ready, 2, MIB)
+    assert alone.restored("latest") == alone.image.read_bytes()

@@ -18,6 +18,7 @@ from guests.protected import vmrewind
 from tests.capture_tools import until
 from tests.e2e.test_start_after import Alone
 from tests.faults.test_restart_capture import PAUSE_SECONDS_MAX, restarted
+from tests.warm import CHILDREN
 from vmrewind.paths import VmPaths
 
 _DEADLINE_SECONDS = 5.0
@@ -32,8 +33,8 @@ def new_code(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ``deaf``: it begins its run and cannot serve.
     """
     mode = directory / "mode"
-    (directory / "hooks").mkdir()
-    (directory / "hooks" / "sitecustomize.py").write_text(f"""
+    (directory / CHILDREN).mkdir()
+    (directory / CHILDREN / "sitecustomize.py").write_text(f"""
 import pathlib, sys, time
 mode = pathlib.Path({str(mode)!r})
 if "vmrewind.capture" not in sys.orig_argv:
@@ -64,7 +65,7 @@ elif mode.exists():
             raise ConfigError("it cannot listen")
         Server.listen = listen
 """)
-    monkeypatch.setenv("PYTHONPATH", str(directory / "hooks"), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(directory / CHILDREN), prepend=os.pathsep)
     return mode
 
 

@@ -16,6 +16,7 @@ from guests.writer import acknowledged, errors
 from tests.capture_tools import MIB, Client, until
 from tests.e2e.test_start_after import Alone
 from tests.vm_tools import check_files, files_in, restore, writer_vm
+from tests.warm import CHILDREN
 
 PAUSE_SECONDS_MAX = 2.0
 """Far more than it takes, on a machine that does much else."""
@@ -27,8 +28,8 @@ def break_capture(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ``import``: it does not even come up. ``allot``: it comes up and cannot take its journal.
     """
     broken = directory / "broken"
-    (directory / "hooks").mkdir()
-    (directory / "hooks" / "sitecustomize.py").write_text(f"""
+    (directory / CHILDREN).mkdir()
+    (directory / CHILDREN / "sitecustomize.py").write_text(f"""
 import os, pathlib, sys
 broken = pathlib.Path({str(broken)!r})
 if "vmrewind.capture" in sys.orig_argv and broken.exists():
@@ -40,7 +41,7 @@ if "vmrewind.capture" in sys.orig_argv and broken.exists():
         raise SpaceError("the upgrade is broken", "take it back")
     SegmentPool.allot = allot
 """)
-    monkeypatch.setenv("PYTHONPATH", str(directory / "hooks"), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(directory / CHILDREN), prepend=os.pathsep)
     return broken
 
 

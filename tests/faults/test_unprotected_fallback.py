@@ -124,7 +124,7 @@ def test_protection_that_is_lost_again_before_its_gap_is_closed(tmp_path: Path, 
     away = alone.repository.with_name("away")
     with alone.serving() as ready:
         alone.write(ready, 1)
-        until(lambda: not alone.status()["ship"]["unsent_bytes"], "ship to be level")
+        until(lambda: alone.status()["ship"].get("unsent_bytes") == 0, "ship to be level")
         lose_protection(alone, broken)
         alone.write(ready, 2)
         # Without its repository the resync cannot close the gap.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from guests.protected import VMREWIND, ProtectedVm, vmrewind
+from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import MIB, until
 from tests.e2e.test_start_after import Alone
 from tests.faults.test_restart_capture import break_capture
 from tests.faults.test_unprotected_fallback import kill_captures, lose_protection, unprotected
-from tests.vm_tools import restore, writer_vm
+from tests.vm_tools import IdleVm, restore
 from vmrewind.journal.runs import read_head
 from vmrewind.paths import VmPaths
 from vmrewind.start.images import declare_unprotected
@@ -31,32 +32,39 @@ def refused(config: Path, moment: str, *more: str | Path) -> str:
     return done.stderr
 
 
-def start_anyway(vm: ProtectedVm) -> subprocess.Popen[bytes]:
-    """``vmrewind run`` of a VM whose capture cannot start; its guest writes when this returns."""
-    vm.console.path.unlink(missing_ok=True)
+def start_anyway(vm: IdleVm) -> subprocess.Popen[bytes]:
+    """``vmrewind run`` of a VM whose capture cannot start; its CPU runs when this returns."""
     with vm.output.open("ab") as output:
         process = subprocess.Popen([VMREWIND, "run", vm.config], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     vm._process = process
-    vm.wait_for(r"^ACK \d*[05]$")
+    until(lambda: runs(vm), "the VM's CPU to run")
     return process
+
+
+def runs(vm: IdleVm) -> bool:
+    with contextlib.suppress(OSError), vm.monitor() as monitor:
+        return bool(monitor.execute("query-status")["running"])
+    return False
 
 
 def test_a_vm_started_unprotected_has_a_gap_until_its_next_protected_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = break_capture(tmp_path, monkeypatch)
-    with writer_vm(tmp_path, "anyway", size_bytes=64 * MIB, pause_ms=20, on_failure="start-unprotected") as vm:
+    with IdleVm(tmp_path, "anyway", on_failure="start-unprotected") as vm:
         vm.start()
-        vm.wait_for("^ACK 3$")
+        vm.write(1)
         vm.quit()
         last = vm.status()["last_record"]
         broken.write_text("allot")
         start_anyway(vm)
+        vm.write(2)
         (problem,) = vm.status()["problems"]
         assert "WITHOUT PROTECTION" in problem and "stop the VM and start it again" in problem
         assert "restart-capture" not in problem
         assert "started unprotected" in refused(vm.config, "latest")
         assert "started unprotected" in refused(vm.config, datetime.now(UTC).isoformat())
         vm.quit()
-        image = (tmp_path / "vda.raw").read_bytes()
+        image = vm.image.read_bytes()
+        assert image[0] == 2
         for moment in ("latest", "-1s"):
             message = refused(vm.config, moment)
             assert "started unprotected" in message and f"seq:{last['seq']}" in message
@@ -66,17 +74,17 @@ def test_a_vm_started_unprotected_has_a_gap_until_its_next_protected_start(tmp_p
         # What the guest wrote is nowhere else.
         done = vmrewind("restore", vm.config, "--at", f"seq:{last['seq']}", "--in-place", check=False)
         assert done.returncode == 4 and "--discard-unprotected" in done.stderr, done.stderr
-        assert (tmp_path / "vda.raw").read_bytes() == image
+        assert vm.image.read_bytes() == image
         restore(vm, f"seq:{last['seq']}", tmp_path / "then")
+        assert (tmp_path / "then" / "vda.raw").read_bytes()[: 2 * MIB] == b"\1" * MIB + bytes(MIB)
         broken.unlink()
-        vm.console.path.unlink()
         vm.start()
         until(lambda: "resync.done" in [event["event"] for event in vm.events()], "the resync")
         assert "base.begun" not in [event["event"] for event in vm.events()]
         vm.quit()
         assert vm.status()["problems"] == []
     restore(vm, "latest", tmp_path / "latest")
-    assert (tmp_path / "latest" / "vda.raw").read_bytes() == (tmp_path / "vda.raw").read_bytes()
+    assert (tmp_path / "latest" / "vda.raw").read_bytes() == vm.image.read_bytes()
 
 
 def test_a_vm_started_unprotected_whose_run_is_killed_is_not_called_stopped(
@@ -84,7 +92,7 @@ def test_a_vm_started_unprotected_whose_run_is_killed_is_not_called_stopped(
 ) -> None:
     broken = break_capture(tmp_path, monkeypatch)
     broken.write_text("allot")
-    with writer_vm(tmp_path, "orphan", size_bytes=64 * MIB, pause_ms=20, on_failure="start-unprotected") as vm:
+    with IdleVm(tmp_path, "orphan", on_failure="start-unprotected") as vm:
         process = start_anyway(vm)
         keeping = Keeping.read(VmPaths("orphan"))
         assert keeping is not None and keeping.qemu is not None
