@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json as json_module
+import os
 import socket
 import sys
 import tempfile
@@ -74,7 +76,9 @@ def boot(
     found = open_any(vm)
 
     def say(message: str) -> None:
-        print(f"vmrewind: {message}", file=sys.stderr, flush=True)
+        # The guest runs on, and what is done for it goes on, although nobody may be there to hear it any more.
+        with contextlib.suppress(OSError, ValueError):
+            print(f"vmrewind: {message}", file=sys.stderr, flush=True)
 
     with found.history() as history, ending_by_signals():
         chosen = Chosen.of(found.name, history, branch, say=say)
@@ -100,8 +104,6 @@ def boot(
 
         directory = scratch or Path(tempfile.gettempdir())
         if stored.suffix == "xml":
-            if protect and paths.state.exists():
-                raise UsageError(f"there was a VM called {own} here: {paths.state}", "give it another name with --name")
             booted = BootedDomain(history, position, stored, own, formats, wires)
             kept_domain = None
             if keep is not None:
@@ -188,16 +190,22 @@ def _own_paths(name: str) -> VmPaths:
 @contextlib.contextmanager
 def _places(paths: VmPaths, owner: tuple[int, int] | None) -> Iterator[None]:
     """Its runtime directory, which QEMU's user gets through; nothing of it stays."""
-    before = paths.state.exists()
     if owner is not None:
         make_places(paths, owner)
     else:
         private_directory(paths.runtime)
+    # Two that boot under one name must not serve one socket.
+    fd = os.open(paths.runtime, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{paths.name} is being booted already", "give it another name with --name") from None
+        # It is a VM's only once something is in it.
+        with contextlib.suppress(OSError):
+            paths.state.rmdir()
         yield
-    finally:
         with contextlib.suppress(OSError):
             paths.runtime.rmdir()
-        if not before:
-            with contextlib.suppress(OSError):
-                paths.state.rmdir()
+    finally:
+        os.close(fd)

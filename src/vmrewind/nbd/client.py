@@ -17,7 +17,6 @@ from vmrewind.nbd import protocol as nbd
 _RETRY_SECONDS: Final = 0.1
 _HANDSHAKE_SECONDS: Final = 10.0
 _REPLY_DATA_MAX: Final = 64 << 10
-_REQUEST_BYTES_MAX: Final = 32 << 20
 
 
 class Closed(OSError):
@@ -37,14 +36,11 @@ class NbdClient:
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write ``data``. Raises OSError if the server refuses, Closed."""
-        for at in range(0, len(data), _REQUEST_BYTES_MAX):
-            part = data[at : at + _REQUEST_BYTES_MAX]
-            self._request(nbd.CMD_WRITE, offset + at, len(part), part)
+        self._request(nbd.CMD_WRITE, offset, len(data), data)
 
     def zero(self, offset: int, length: int) -> None:
-        """Make ``length`` bytes zeroes; raises as ``write`` does."""
-        for at in range(offset, offset + length, _REQUEST_BYTES_MAX):
-            self._request(nbd.CMD_WRITE_ZEROES, at, min(_REQUEST_BYTES_MAX, offset + length - at))
+        """Make ``length`` bytes zeroes, fewer than 4 GiB; raises as ``write`` does."""
+        self._request(nbd.CMD_WRITE_ZEROES, offset, length)
 
     def flush(self) -> None:
         """What was answered before is on stable storage when this returns; raises as ``write`` does."""

@@ -21,6 +21,8 @@ from vmrewind.start.environment import users_umask, without_credentials
 
 _CONNECT_SECONDS = 30
 _QUIT_SECONDS = 10
+_INTERRUPTED = 130
+"""Exit code: somebody asked for the end before there was a QEMU."""
 
 
 class Staying(Protocol):
@@ -69,8 +71,19 @@ async def _run(command: Sequence[str], console: int | None, ready: Callable[[int
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if staying is None:
         return await _run_qemu(command, console, ready, None, stop)
-    await staying.begin()
+    begun = asyncio.ensure_future(staying.begin())
+    asked = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({begun, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    if stop.is_set() and not begun.done():
+        begun.cancel()
+        # What it did so far it takes back.
+        await asyncio.gather(begun, return_exceptions=True)
+        return _INTERRUPTED
+    await begun
     try:
+        if stop.is_set():
+            return _INTERRUPTED
         return await _run_qemu(command, console, ready, staying, stop)
     finally:
         await staying.end()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from vmrewind.errors import VmrewindError
+from vmrewind.errors import LibvirtError, VmrewindError
 from vmrewind.start.libvirt import Domain, Libvirt
 
 SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 """What ends it. To be blocked before any thread starts: they inherit that, and the signals wait for ``sigtimedwait``."""
+_RESUME_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60
 _AGAIN: Final = "boot it again, and let the copy end"
@@ -62,8 +64,14 @@ def run_domain(
 
 def _accompany(domain: Domain, staying: StayingDomain, say: Callable[[str], None]) -> None:
     pressed_at = None
+    tried_at = time.monotonic()
     while domain.active:
         staying.go_on(domain)
+        if time.monotonic() > tried_at + _RESUME_SECONDS:
+            tried_at = time.monotonic()
+            # Room was made, or the repository is back.
+            with contextlib.suppress(LibvirtError):
+                domain.resume_after_io_error()
         asked = signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is not None
         if asked and not staying.kept:
             raise VmrewindError("ended before the copy was complete: nothing was kept", _AGAIN)

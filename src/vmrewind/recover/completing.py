@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from vmrewind.errors import VmrewindError
+from vmrewind.errors import UsageError, VmrewindError
 from vmrewind.history.view import View
 from vmrewind.journal.origin import FILLING, Origin, filled, note_filling
 from vmrewind.journal.runs import Position, private_directory
@@ -18,6 +20,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.recover.filling import Filling
 from vmrewind.recover.restore import Progress
 from vmrewind.repository.manifest import new_base_id
+from vmrewind.repository.repository import Repository
 from vmrewind.start.processes import Process
 
 _RETRY_SECONDS: Final = 5.0
@@ -33,6 +36,7 @@ class Completing:
         self._say = say
         self._fillings: dict[str, Filling] = {}
         self._ending = threading.Event()
+        self._claimed = False
         self.complete = False
 
     @property
@@ -42,8 +46,31 @@ class Completing:
 
     def filling(self, target: str, view: View) -> Filling:
         """A disk that QEMU is to run on. Raises ImageError, SpaceError."""
-        made = self._fillings[target] = Filling(view, self._images[target], target, self._paths.filling_socket)
+        made = Filling(view, self._images[target], target, self._paths.filling_socket, lambda what: self._say(f"{target}: {what}"))
+        self._fillings[target] = made
         return made
+
+    def claim(self) -> None:
+        """Take the VM's name on this host. Raises UsageError if it is, or was, somebody's."""
+        private_directory(self._paths.state.parent)
+        try:
+            self._paths.state.mkdir(mode=0o700)
+        except FileExistsError:
+            raise UsageError(
+                f"there is, or was, a VM called {self._paths.name} here: {self._paths.state}", "give it another name with --name"
+            ) from None
+        self._claimed = True
+
+    def give_up(self, repository: str, uuid: str | None) -> None:
+        """No guest ever ran: nothing is to be left of it. ``uuid``: of what the repository may have."""
+        if not self._claimed:
+            return
+        if uuid is not None:
+            try:
+                Repository.open(repository).vm(self._paths.name).forget(uuid)
+            except VmrewindError as error:
+                self._say(f"the repository keeps the name {self._paths.name}, of which nothing is left here: {error}")
+        shutil.rmtree(self._paths.state, ignore_errors=True)
 
     def note(self, of: str, position: Position, uuid: str) -> None:
         """Note durably, before the VM's first start, from which moment of the VM ``of`` the one with ``uuid`` is begun."""
@@ -78,7 +105,9 @@ class Completing:
 
     def _complete(self, target: str, filling: Filling) -> None:
         def progress(done: int, total: int) -> None:
-            self._progress(f"copy of {target}", done, total)
+            # Nobody may be there to hear it any more.
+            with contextlib.suppress(OSError):
+                self._progress(f"copy of {target}", done, total)
 
         told = ""
         while not self._ending.is_set():

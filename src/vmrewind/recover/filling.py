@@ -16,25 +16,34 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from vmrewind.capture.dirty import granule_of
-from vmrewind.errors import ImageError, SpaceError
+from vmrewind.errors import ImageError, RepositoryError, SpaceError
 from vmrewind.history.view import View
 from vmrewind.nbd.client import NbdClient
 from vmrewind.recover.restore import NO_SPACE
 from vmrewind.recover.scratch import Overlay
 
+T = TypeVar("T")
+
 _PIECE: Final = 1 << 20
+_ZEROES_MAX: Final = 1 << 30
+_RETRY_SECONDS: Final = 1.0
 _HEAD: Final = 1 << 20
 """So much is there before capture opens the image: a qcow2 file's header tells what it is."""
 
 
 class Filling(Overlay):
-    """The disk ``target`` of a capture that listens at ``socket``, on ``image``, which is made here and must not be there."""
+    """The disk ``target`` of a capture that listens at ``socket``, on ``image``, which is made here and must not be there.
 
-    def __init__(self, view: View, image: Path, target: str, socket: Path) -> None:
+    A repository that cannot be reached is waited for, and so does the VM. ``complain`` is told of it, once.
+    """
+
+    def __init__(self, view: View, image: Path, target: str, socket: Path, complain: Callable[[str], None]) -> None:
         self.image = image
+        self._complain = complain
+        self._abandoned = threading.Event()
         self._changing = threading.Lock()
         # Flushes take long, and the next write need not wait for them.
         self._writer = NbdClient(socket, target)
@@ -49,6 +58,10 @@ class Filling(Overlay):
             self._copy(0, min(_HEAD, view.size))
         except OSError as error:
             raise self._refused(error) from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``."""
+        self._patiently(lambda: super(Filling, self).read_into(offset, buffer))
 
     def write(self, offset: int, data: memoryview) -> None:
         """Through capture: it is in the journal and the image when this returns."""
@@ -66,13 +79,16 @@ class Filling(Overlay):
         with self._changing:
             for start, stop in edges:
                 self._keep(self._lacked(start, stop))
-            try:
-                self._writer.zero(offset, length)
-            finally:
-                # Refused or not: journal and image agree on what is there now.
-                if first < last:
+            while offset < end:
+                # The borders between are granules' too.
+                stop = min(offset // _ZEROES_MAX * _ZEROES_MAX + _ZEROES_MAX, end)
+                try:
+                    self._writer.zero(offset, stop - offset)
+                finally:
+                    # Refused or not: journal and image agree on what is there now.
                     with self._lock:
-                        self._held.add(first, last)
+                        self._held.add(max(offset, first), min(stop, last))
+                offset = stop
 
     def flush(self) -> None:
         """By capture."""
@@ -106,10 +122,25 @@ class Filling(Overlay):
     def _lacked(self, start: int, end: int) -> list[tuple[int, int, bytes | None]]:
         """(start, end, what the moment has there; None: zeroes) of what the image lacks within a range."""
         return [
-            (low, high, None if extent.zero else self._view.read(low, high - low))
+            (low, high, None if extent.zero else self._read(low, high))
             for extent in self._view.extents(start, end - start)
             for low, high in self._lacking(extent.offset, extent.offset + extent.length)
         ]
+
+    def _read(self, start: int, end: int) -> bytes:
+        return self._patiently(lambda: self._view.read(start, end - start))
+
+    def _patiently(self, read: Callable[[], T]) -> T:
+        told = False
+        while True:
+            try:
+                return read()
+            except RepositoryError as error:
+                if not told:
+                    self._complain(f"what is not copied yet cannot be read now, and is waited for: {error}")
+                told = True
+                if self._abandoned.wait(_RETRY_SECONDS):
+                    raise
 
     def _keep(self, lacked: list[tuple[int, int, bytes | None]]) -> None:
         """Put what the image lacks still."""
@@ -136,7 +167,8 @@ class Filling(Overlay):
         return ImageError(f"{self.image}: cannot be written: {error.strerror or errno.errorcode.get(error.errno or 0)}")
 
     def abandon(self) -> None:
-        """Let go of requests that wait for capture; they fail."""
+        """Let go of requests that wait for capture, or for the repository; they fail."""
+        self._abandoned.set()
         self._writer.close()
         self._flusher.close()
 

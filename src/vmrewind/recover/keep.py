@@ -28,6 +28,7 @@ from vmrewind.vmconfig.relocate import relocate_toml
 
 _POLL_SECONDS: Final = 0.2
 _SHUTDOWN_SECONDS: Final = 60
+_RESUME_SECONDS: Final = 2
 _MAC: Final = re.compile(r"(?<=mac=)[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
 
@@ -188,8 +189,15 @@ async def until_ended(monitor: QMPClient, ended: asyncio.Future[int], stop: asyn
     The first ``stop`` presses the power button; a second one, or too long a wait, ends the waiting.
     """
     pressed_at = None
+    paused_at = None
     now = asyncio.get_running_loop().time
-    while not ended.done() and (await _status(monitor)) != "shutdown":
+    while not ended.done() and (status := await _status(monitor)) != "shutdown":
+        if status == "io-error" and (paused_at is None or now() > paused_at + _RESUME_SECONDS):
+            if paused_at is None:
+                say("the guest waits: a disk of it refuses to be read or written, for want of room above all; that is tried again")
+            paused_at = now()
+            with contextlib.suppress(QMPError):
+                await monitor.execute("cont")
         if stop.is_set():
             stop.clear()
             if pressed_at is not None:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from qemu.qmp import QMPClient
 
-from vmrewind.errors import UsageError
 from vmrewind.history.view import View
 from vmrewind.journal.runs import Position, sync_directory, write_durably
 from vmrewind.paths import VmPaths
@@ -51,12 +50,11 @@ class Protecting:
         self.images = {target: self._directory / f"{target}.{kind}" for target, kind in formats.items()}
         text = kept_toml(document, self.images, vm)
         self._paths = VmPaths(vm.name)
-        if self._paths.state.exists():
-            raise UsageError(f"there was a VM called {vm.name} here: {self._paths.state}", "give it another name with --name")
         make_directory(directory)
         self._path = self._directory / f"{vm.name}.toml"
         self._origin = (of, position)
         self._say = say
+        self._repository = vm.repository
         self._completing = Completing(self._paths, self.images, progress, say)
         self.hand_over: Callable[[], None] = lambda: None
         """Leads QEMU to capture."""
@@ -64,7 +62,9 @@ class Protecting:
         self._ran = False
         self._stop = asyncio.Event()
         self._filling: asyncio.Task[None] | None = None
+        self._uuid: str | None = None
         try:
+            self._completing.claim()
             write_durably(self._path, text)
             self.config: VmConfig = load_toml(self._path)
         except BaseException:
@@ -89,13 +89,14 @@ class Protecting:
         """Remove everything, unless a guest has run."""
         if not self._ran:
             shutil.rmtree(self._directory, ignore_errors=True)
-            shutil.rmtree(self._paths.state, ignore_errors=True)
+            self._completing.give_up(self._repository, self._uuid)
 
     async def begin(self) -> None:
         """Bring capture and ship up, with the disks assigned. Raises what stops a start."""
         of, position = self._origin
         assert self.config.uuid is not None, "it was given one"
-        self._completing.note(of, position, self.config.uuid)
+        self._uuid = self.config.uuid
+        self._completing.note(of, position, self._uuid)
         sync_directory(self._directory)
         given = self.config.protection
         storage = Storage(self.config.name, self._paths.default_journal, given.journal_size, given.local_history)
@@ -117,17 +118,17 @@ class Protecting:
         """Complete the images, if nobody is in a hurry, and end the run."""
         assert self._keeper is not None, "it was begun"
         name = self.config.name
-        if self._filling is not None and not self._filling.done():
-            self._stop.clear()
-            self._say(f"{name} has ended, and its images are completed; Ctrl-C leaves that to a later command")
-            asked = asyncio.ensure_future(self._stop.wait())
-            await asyncio.wait({self._filling, asked}, return_when=asyncio.FIRST_COMPLETED)
-            asked.cancel()
-        self._completing.stop()
         try:
+            if self._filling is not None and not self._filling.done():
+                self._stop.clear()
+                self._say(f"{name} has ended, and its images are completed; Ctrl-C leaves that to a later command")
+                asked = asyncio.ensure_future(self._stop.wait())
+                await asyncio.wait({self._filling, asked}, return_when=asyncio.FIRST_COMPLETED)
+                asked.cancel()
+        finally:
+            self._completing.stop()
             if self._filling is not None:
                 await self._filling
-        finally:
             await self._keeper.stop()
             self.socket.unlink(missing_ok=True)
         if not self._ran:
@@ -138,13 +139,13 @@ class Protecting:
             self._say(f"{name}: its images are not complete: `vmrewind restore {name} --in-place` completes them")
 
     async def _fill(self) -> None:
+        """Never raises: the guest runs on."""
         try:
             await asyncio.to_thread(self._completing.run)
             if not self._completing.complete:
                 return
             # It may start on them by now.
             await asyncio.to_thread(self.hand_over)
-        except OSError as error:
-            self._say(f"{self.config.name}: {error}: its disks stay behind this command until it ends")
-            return
-        self._say(f"kept: {self._path}; {self.config.name} runs on its own images from here on")
+            self._say(f"kept: {self._path}; {self.config.name} runs on its own images from here on")
+        except Exception as error:  # noqa: BLE001 - see above
+            self._say(f"{self.config.name}: {error!r}: its disks stay behind this command until it ends")

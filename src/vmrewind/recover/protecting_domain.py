@@ -62,8 +62,10 @@ class ProtectingDomain:
         self.hand_over: Callable[[Path], None] = lambda _: None
         """Leads QEMU to who listens at a socket."""
         self.kept = False
+        self._uuid: str | None = None
         make_directory(directory)
         try:
+            self._completing.claim()
             open_to(self._directory, owner)
         except BaseException:
             self.give_up()
@@ -94,6 +96,7 @@ class ProtectingDomain:
         assert config is not None and config.uuid is not None, "it was made a protected domain with a uuid"
         write_durably(self._path, self._document)
         sync_directory(self._directory)
+        self._uuid = config.uuid
         self._completing.note(*self._origin, config.uuid)
         return self._document
 
@@ -106,7 +109,7 @@ class ProtectingDomain:
         """Remove everything, unless a guest has run."""
         if not self.kept:
             shutil.rmtree(self._directory, ignore_errors=True)
-            shutil.rmtree(self._paths.state, ignore_errors=True)
+            self._completing.give_up(self._vm.repository, self._uuid)
 
     def begin(self, domain: Domain) -> None:
         """Complete the images while it runs. Raises StartError."""

@@ -200,6 +200,15 @@ class VmRepository:
                     f'if it is the same VM, set uuid = "{owner}" in its TOML file; if not, give this VM another name or repository',
                 ) from None
 
+    def forget(self, uuid: str) -> None:
+        """Remove all that is here of the VM with this uuid, which never ran. Raises RepositoryError."""
+        if self.uuid() != uuid:
+            return
+        own = layout.vm_key(self.name)
+        for key in [key for key, _ in self._store.list(layout.vm_prefix(self.name)) if key != own]:
+            self._store.delete(key)
+        self._store.delete(own)
+
     def uuid(self) -> str | None:
         """The uuid that the name belongs to, None if nobody claimed it."""
         key = layout.vm_key(self.name)
