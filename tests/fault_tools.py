@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -136,3 +137,23 @@ def failing(pid: int, calls: Sequence[str], error: str = "EIO", *, path: Path | 
                 # Told to let go of a process that just ends, it may wait for it for ever; without it the end goes on.
                 strace.kill()
                 strace.wait()
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1
+
+
+@contextmanager
+def no_descriptors_left(but: int = 0) -> Iterator[None]:
+    """This process can open no file more, or just so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(but + 1)]
+    for fd in free:
+        os.close(fd)
+    # Those in use may have higher numbers; the lowest free one is taken next.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import random
+import resource
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.fault_tools import no_descriptors_left, open_descriptors
 from tests.history_tools import MadeHistory
 from vmrewind.errors import CorruptionError
 from vmrewind.history.gathering import gather
+from vmrewind.history.sources import _DESCRIPTORS_SPARE
 from vmrewind.history.view import View
 from vmrewind.journal.format import Op
 from vmrewind.journal.reader import Segment, records
+from vmrewind.recover.export_server import _CLIENTS_MAX, _THREADS
 
 K = 1024
 SIZE = 256 * K
@@ -157,3 +164,58 @@ def test_a_segment_that_is_cut_short_while_it_is_read_ends_nobody(made: MadeHist
 def test_a_journal_that_cannot_be_mapped_is_read_all_the_same(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmrewind.history.sources.mapped", lambda _: memoryview(b""))
     test_parts_of_any_size_are_the_disks_bytes_the_first_time_and_again(made)
+    monkeypatch.setattr("vmrewind.history.payloads.Payloads.get", None)
+    seq = max(made.times)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        assert view.read(0, 60 * K) == made.disk("vda").states[seq][: 60 * K], "without reading any of it twice"
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_what_is_open_is_read_though_descriptors_are_used_up(made: MadeHistory, read_before: bool) -> None:
+    seq = max(made.times)
+    content = made.disk("vda").states[seq]
+    with made.open() as history, ThreadPoolExecutor(1) as pool:
+        view = View.open(history, "vda", made.position(seq))
+        if read_before:
+            assert view.read(0, 60 * K) == content[: 60 * K]
+        with no_descriptors_left():
+            for begin, end in ((0, 32 * K), (1, 10 * K), (38 * K, 52 * K), (0, LONG_AT + LONG)):
+                assert pool.submit(view.read, begin, end - begin).result(30) == content[begin:end], (begin, end)
+
+
+def test_there_is_room_for_descriptors_of_all_segments_and_of_those_who_read(made: MadeHistory) -> None:
+    made.close_segment()
+    made.batch([(Op.WRITE, "vda", at, b"x" * 512) for at in (0, 1024)])
+    made.tick()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = open_descriptors()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 1, hard))
+    try:
+        with made.open() as history:
+            view = View.open(history, "vda", made.position(max(made.times)))
+            view.read(0, SIZE)
+            opened = open_descriptors() - before
+            assert opened >= 4, "two segments, each mapped"
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 2 * 2 + _DESCRIPTORS_SPARE
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert _DESCRIPTORS_SPARE >= _CLIENTS_MAX * (1 + _THREADS * 2)
+
+
+def test_closing_gives_locks_and_descriptors_up_whoever_has_a_failure_in_hand(made: MadeHistory) -> None:
+    gather([memoryview(b"x")])  # This thread has what it needs from here on.
+    before = open_descriptors()
+    (path,) = made.segment_paths()
+    seq = max(made.times)
+    with made.open() as history:
+        view = View.open(history, "vda", made.position(seq))
+        view.read(0, 32 * K)
+        with damaged(made, 10 * K), pytest.raises(CorruptionError) as kept:
+            view.read(0, 32 * K)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert kept.value is not None
+    del kept
+    gc.collect()
+    assert view.size == SIZE and open_descriptors() == before

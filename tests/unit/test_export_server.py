@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.capture_tools import Client
+from tests.fault_tools import no_descriptors_left
 from vmrewind.history.view import Extent
 from vmrewind.nbd import protocol as nbd
 from vmrewind.recover.export_server import ExportServer
@@ -52,13 +54,23 @@ class Quick:
         yield Extent(offset, length, zero=False)
 
 
+class Counting(socket.socket):
+    """A listener that counts how often somebody is let in, or would have been."""
+
+    accepts = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        self.accepts += 1
+        return super().accept()
+
+
 @contextmanager
-def served(disk: Any) -> Iterator[Path]:
+def served(disk: Any, listener: socket.socket | None = None) -> Iterator[Path]:
     """The disk at a socket; nobody is told of an error."""
     path = Path(os.environ["VMREWIND_RUNTIME_DIR"]) / "export.sock"
     path.parent.mkdir(exist_ok=True, parents=True)
     told: list[str] = []
-    with socket.socket(socket.AF_UNIX) as listener:
+    with listener or socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
         server = ExportServer({"vda": disk}, listener, told.append)
@@ -95,3 +107,19 @@ def test_reads_that_come_together_are_answered_whatever_comes_behind(structured:
                 client.sock.sendall(b"".join(requests) + more)
                 for n, length in enumerate(lengths):
                     assert client.reply(length) == (n, 0, bytes([n]) * length), f"{n} before {what}"
+
+
+def test_clients_that_come_while_descriptors_are_used_up_wait_and_cost_nothing() -> None:
+    listener = Counting(socket.AF_UNIX)
+    with served(Quick(), listener) as path, socket.socket(socket.AF_UNIX) as waiting:
+        with no_descriptors_left():
+            before = listener.accepts
+            waiting.connect(str(path))
+            began = time.monotonic()
+            while listener.accepts < before + 4:
+                assert time.monotonic() < began + 30
+                threading.Event().wait(0.01)
+            assert time.monotonic() - began > 0.15
+        with Client(path) as client:
+            client.sock.sendall(client.request(nbd.CMD_READ, 4096, 4096, cookie=1))
+            assert client.reply(4096) == (1, 0, b"\1" * 4096)

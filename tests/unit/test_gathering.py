@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+from tests.fault_tools import no_descriptors_left
 from vmrewind.history.gathering import PAD_SIZE, PARTS_MAX, gather, mapped
 
 PAGE = 4096
@@ -55,3 +56,15 @@ def test_threads_gather_side_by_side(tmp_path: Path) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert b"".join(pool.map(gathered, range(4))) == content
+
+
+def test_a_thread_that_has_no_descriptors_left_gathers_nothing_and_later_does(tmp_path: Path) -> None:
+    content = os.urandom(PAGE)
+    file = _mapped(tmp_path / "file", content)
+    with ThreadPoolExecutor(1) as pool:
+        with no_descriptors_left():
+            assert pool.submit(gather, [file]).result(30) == (b"", False)
+        with no_descriptors_left(but=1):
+            assert pool.submit(gather, [file]).result(30) == (b"", False), "a mapping takes one of its own"
+            os.close(os.open(tmp_path, os.O_RDONLY))
+        assert pool.submit(lambda: bytes(gather([file])[0])).result(30) == content

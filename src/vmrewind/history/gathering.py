@@ -24,9 +24,13 @@ PARTS_MAX: Final = 1024
 class _Pad:
     def __init__(self) -> None:
         self.fd = os.memfd_create("vmrewind-pad")
+        try:
+            os.truncate(self.fd, PAD_SIZE)
+            self.bytes = memoryview(mmap.mmap(self.fd, PAD_SIZE))
+        except BaseException:
+            os.close(self.fd)
+            raise
         weakref.finalize(self, os.close, self.fd)
-        os.truncate(self.fd, PAD_SIZE)
-        self.bytes = memoryview(mmap.mmap(self.fd, PAD_SIZE))
         self.storage_read = 0
 
 
@@ -48,12 +52,15 @@ def mapped(fd: int) -> memoryview:
 def gather(parts: Sequence[memoryview]) -> tuple[memoryview, bool]:
     """(the parts one behind the other, whether this thread has read from storage since it gathered last).
 
-    The bytes are good until this thread gathers again. They end in front of what cannot be read. At most PARTS_MAX parts and
-    PAD_SIZE bytes.
+    The bytes are good until this thread gathers again. They end in front of what cannot be read; there are none if nothing can be
+    gathered, as descriptors or memory are used up. At most PARTS_MAX parts and PAD_SIZE bytes.
     """
     pad = _pads.pad
     if pad is None:
-        pad = _pads.pad = _Pad()
+        try:
+            pad = _pads.pad = _Pad()
+        except OSError:
+            return memoryview(b""), False
     try:
         gathered = pad.bytes[: os.pwritev(pad.fd, parts, 0)]
     except OSError:

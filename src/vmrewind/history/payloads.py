@@ -78,12 +78,12 @@ class Payloads:
                 continue
             source = sources[bisect_right(ends, owner)]
             position = place * ALIGNMENT
-            if several and length <= _SHORT and isinstance(source, LocalSource):
+            if several and length <= _SHORT and isinstance(source, LocalSource) and (content := source.mapped):
                 if length > room or len(parts) == PARTS_MAX:
                     self._fill_short(buffer, at, short, parts)
                     short, parts, room = [], [], PAD_SIZE
                 short.append(piece)
-                parts.append(source.mapped[position : position + length])
+                parts.append(content[position : position + length])
                 room -= length
             elif end - start != length:
                 self._fill_part(buffer[start - at : end - at], piece, source)

@@ -32,7 +32,8 @@ ALL_DISKS_MASK: Final = -1
 ROWS_BYTES_MAX: Final = 256 << 20
 """Of tables, some 5 million records."""
 _AGAIN: Final = "once more: what was noted of it before is not used any more"
-_DESCRIPTORS_SPARE: Final = 256
+_DESCRIPTORS_SPARE: Final = 512
+"""Beside the journal's: an export's clients, each with four threads that gather, take 288 at most."""
 _FRAMES_BYTES_MAX: Final = 8 * FRAME_SIZE
 """What an opened object keeps of its payload at most, bytes."""
 

@@ -164,6 +164,8 @@ class Segment:
     def close(self) -> None:
         """Close the file, which gives the lock up."""
         if self.fd >= 0:
+            # A mapping of the file has a descriptor of its own, which would keep the lock as long as anybody has the mapping.
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
             os.close(self.fd)
             self.fd = -1
 

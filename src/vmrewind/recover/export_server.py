@@ -41,6 +41,7 @@ _HELD_ANSWER_MAX: Final = 16 << 10
 _READ_HEAD: Final = nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.CMD_READ, 0, 0, 0)[:8]
 _NOTHING: Final = memoryview(b"")
 _POLL_SECONDS: Final = 0.5
+_ACCEPT_AGAIN_SECONDS: Final = 0.1
 
 
 class ExportServer:
@@ -87,6 +88,8 @@ class ExportServer:
             except TimeoutError:
                 continue
             except OSError:
+                # Descriptors are used up, and whoever waits is still there: to try at once would take a processor for itself.
+                self._stopping.wait(_ACCEPT_AGAIN_SECONDS)
                 continue
             with self._lock:
                 if len(self._clients) >= _CLIENTS_MAX:
