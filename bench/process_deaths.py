@@ -57,7 +57,7 @@ def _round(directory: Path, chance: random.Random) -> tuple[int, int]:
             mortal.pause(role, PAUSE_SECONDS)
         mortal.end(alive=True)
         mortal.judge(moments=len(mortal.noted))
-    return lives + 2, len(mortal.noted)
+    return lives + 1, len(mortal.noted)
 
 
 if __name__ == "__main__":
