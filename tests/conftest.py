@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 import guests.protected
-from tests.warm import WarmCommands
+from tests.warm import commands
 
 # No deadline: the machine's speed is not what a property test is about. The blob replays a failure anywhere.
 settings.register_profile("vmrewind", deadline=None, print_blob=True)
@@ -24,12 +24,11 @@ _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
 
 
-_commands = WarmCommands()
-guests.protected.run_command = _commands
+guests.protected.run_command = commands
 
 
 def pytest_unconfigure() -> None:
-    _commands.end()
+    commands.end()
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from guests.machine import qemu_command
 from guests.protected import Disk, ProtectedVm, vmrewind
 from guests.writer import append, content, file_name, writer_initramfs
 
-DISK_BYTES = 192 << 20
+DISK_BYTES = 64 << 20
 
 
 def writer_vm(

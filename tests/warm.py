@@ -1,13 +1,15 @@
 """The command line without its loading: one process has the modules and forks for every command; a quarter of a second each saved.
 
 What a fork runs is what the installed script runs, ``vmrewind.cli.main.main``, in a process of its own with its own arguments,
-environment, directory and output. What asks for another interpreter or sees another network than that process is started.
+environment, directory and output, in another mount namespace if it is given one. What asks for another interpreter or sees
+another network than that process is started.
 A directory called ``hooks-of-children`` on PYTHONPATH is for the processes that commands start, which get it from either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -26,6 +28,7 @@ from guests.protected import VMREWIND
 
 TIMEOUT_SECONDS = 600
 CHILDREN = "hooks-of-children"
+_CLONE_NEWNS = 0x20000
 _LENGTH = struct.Struct("<I")
 _ROOT = Path(__file__).parents[1]
 
@@ -37,11 +40,17 @@ class WarmCommands:
         self._address: str | None = None
         self._started_as = self._surroundings()
 
-    def __call__(self, arguments: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
-        """Run ``vmrewind`` with these arguments, as subprocess.run does with ``capture_output=True, text=True``."""
+    def __call__(self, arguments: Sequence[str | Path], mounts: int | None = None) -> subprocess.CompletedProcess[str]:
+        """Run ``vmrewind`` with these arguments, as subprocess.run does with ``capture_output=True, text=True``.
+
+        ``mounts``: descriptor of the mount namespace to run it in.
+        """
         words = [str(word) for word in arguments]
+        given = [] if mounts is None else [mounts]
         if self._surroundings() != self._started_as:
-            return subprocess.run([VMREWIND, *words], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+            enter = ["nsenter", f"--mount=/proc/self/fd/{mounts}", "--"] if given else []
+            command = [*enter, str(VMREWIND), *words]
+            return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False, pass_fds=given)
         if self._address is None:
             self._address = self._start()
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull, "rb") as nothing:
@@ -49,7 +58,7 @@ class WarmCommands:
                 connection.settimeout(TIMEOUT_SECONDS)
                 connection.connect(self._address)
                 asked = json.dumps([words, dict(os.environ), str(Path.cwd())]).encode()
-                socket.send_fds(connection, [_LENGTH.pack(len(asked))], [file.fileno() for file in (nothing, out, err)])
+                socket.send_fds(connection, [_LENGTH.pack(len(asked))], [*(file.fileno() for file in (nothing, out, err)), *given])
                 connection.sendall(asked)
                 answer = connection.recv(16)
             assert answer, f"whoever runs {words} has ended"
@@ -93,6 +102,10 @@ class WarmCommands:
         return address.decode()
 
 
+commands = WarmCommands()
+"""This process's."""
+
+
 def _load() -> None:
     for package in ("cli", "start", "history", "recover", "repository"):
         for module in pkgutil.iter_modules(importlib.import_module(f"vmrewind.{package}").__path__, f"vmrewind.{package}."):
@@ -116,14 +129,18 @@ def _command_asked_for(listener: socket.socket, lifeline: int) -> None:
         connection.close()
     listener.close()
     os.close(lifeline)
-    head, descriptors, *_ = socket.recv_fds(connection, _LENGTH.size, 3)
+    head, descriptors, *_ = socket.recv_fds(connection, _LENGTH.size, 4)
     asked = connection.recv(_LENGTH.unpack(head)[0], socket.MSG_WAITALL)
     if command := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
         connection.sendall(str(code).encode())
         os._exit(0)
     connection.close()
-    for number, descriptor in enumerate(descriptors):
+    for mounts in descriptors[3:]:
+        if ctypes.CDLL(None, use_errno=True).setns(mounts, _CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), "the mount namespace cannot be entered")
+        os.close(mounts)
+    for number, descriptor in enumerate(descriptors[:3]):
         os.dup2(descriptor, number)
         os.close(descriptor)
     words, environment, directory = json.loads(asked)

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from guests.kernel import cache_directory
+from tests.warm import commands
 from vmrewind.paths import VmPaths
 from vmrewind.start.processes import Keeping
 
@@ -179,8 +180,11 @@ class LibvirtHost:
         return self.run("virsh", "--connect", "qemu:///system", *arguments, check=check)
 
     def vmrewind(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run vmrewind."""
-        return self.run(sys.executable, "-P", "-m", "vmrewind.cli.main", *arguments, check=check)
+        """Run vmrewind inside the namespace, as ``run`` does."""
+        done = commands(arguments, self._namespace)
+        if check and done.returncode != 0:
+            raise AssertionError(f"vmrewind {arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
 
     def popen(self, *arguments: str | Path, stdout: IO[bytes], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
         """Start vmrewind and go on; its process id is the one returned."""

@@ -32,7 +32,7 @@ def test_an_ext4_guest_at_twenty_random_times(tmp_path: Path) -> None:
     seed = 20
     chance = random.Random(seed)
     noted: list[Noted] = []
-    with writer_vm(tmp_path, "ext4") as vm:
+    with writer_vm(tmp_path, "ext4", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 5$")
         while len(noted) < 20:
@@ -51,7 +51,7 @@ def test_an_ext4_guest_at_twenty_random_times(tmp_path: Path) -> None:
 def test_capture_killed_twenty_times_under_a_writing_guest(tmp_path: Path) -> None:
     noted: list[Noted] = []
     killed: set[int] = set()
-    with writer_vm(tmp_path, "killed") as vm:
+    with writer_vm(tmp_path, "killed", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 5$")
         deadline = time.monotonic() + 120
@@ -89,13 +89,13 @@ def test_two_disks_restored_at_one_moment(tmp_path: Path, image_format: str) -> 
 
     disks = []
     for target in ("vda", "vdb"):
-        raw = ext4_image(tmp_path / f"{target}.raw", 128 << 20)
+        raw = ext4_image(tmp_path / f"{target}.raw", 64 << 20)
         if image_format == "raw":
             disks.append(Disk(target, raw))
         else:
             disks.append(Disk(target, qcow2_overlay(tmp_path / f"{target}.qcow2", raw), "qcow2"))
     noted: list[Noted] = []
-    with writer_vm(tmp_path, "pair", disks=disks) as vm:
+    with writer_vm(tmp_path, "pair", disks=disks, pause_ms=20) as vm:
         vm.start()
         for number in (5, 12, 25):
             vm.wait_for(f"^ACK {number}$")

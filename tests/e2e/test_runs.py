@@ -72,7 +72,7 @@ def test_an_image_changed_while_off_is_a_gap_and_not_guessed(tmp_path: Path) -> 
 
 
 def test_everything_killed_at_once(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "crash", size_bytes=64 * MIB) as vm:
+    with writer_vm(tmp_path, "crash") as vm:
         vm.start()
         vm.wait_for("^ACK 10$")
         processes = [p["pid"] for p in vm.status()["processes"].values()]

@@ -13,7 +13,7 @@ import pytest
 
 from guests.protected import ProtectedVm, vmrewind
 from guests.writer import acknowledged, errors
-from tests.capture_tools import MIB, Client, until
+from tests.capture_tools import Client, until
 from tests.e2e.test_start_after import Alone
 from tests.vm_tools import check_files, files_in, restore, writer_vm
 from tests.warm import CHILDREN
@@ -63,7 +63,7 @@ def goes_on(vm: ProtectedVm) -> None:
 def test_capture_is_upgraded_again_and_again_under_a_writing_guest(tmp_path: Path) -> None:
     noted: list[tuple[str, list[int]]] = []
     pids: set[int] = set()
-    with writer_vm(tmp_path, "upgraded", size_bytes=64 * MIB) as vm:
+    with writer_vm(tmp_path, "upgraded", pause_ms=20) as vm:
         vm.start()
         vm.wait_for("^ACK 3$")
         for _ in range(3):

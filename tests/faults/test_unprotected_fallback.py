@@ -57,7 +57,7 @@ def log(name: str) -> list[str]:
 
 
 def test_a_guest_whose_capture_dies_five_times_runs_on_and_is_protected_again(tmp_path: Path) -> None:
-    with writer_vm(tmp_path, "fallback", size_bytes=64 * MIB, on_failure="start-unprotected") as vm:
+    with writer_vm(tmp_path, "fallback", pause_ms=20, on_failure="start-unprotected") as vm:
         vm.start()
         vm.wait_for("^ACK 3$")
         known = acknowledged(vm.console.text())
