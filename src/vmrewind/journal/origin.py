@@ -67,7 +67,7 @@ def filling(journal: Path) -> list[str]:
     """The disks whose images are not complete. Raises CorruptionError."""
     try:
         return [str(target) for target in json.loads((journal / FILLING).read_bytes())["disks"]]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
@@ -77,7 +77,7 @@ def filling_by(journal: Path) -> object:
     """What ``note_filling`` noted of the process, None if there is no such note. Raises CorruptionError."""
     try:
         return json.loads((journal / FILLING).read_bytes()).get("by")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, AttributeError) as error:
         raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
