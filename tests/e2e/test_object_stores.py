@@ -86,7 +86,7 @@ class TestSeaweedFS(Contract):
         at(server)
         url = server.url("kvm/site-a")
         vmrewind("init", url)
-        with writer_vm(tmp_path, "cloud", repository=url, pause_ms=20) as vm:
+        with writer_vm(tmp_path, "cloud", repository=url, pause_ms=60) as vm:
             vm.start()
             vm.wait_for("^ACK 5$")
             until(lambda: (vm.status()["ship"].get("shipped_seq") or 0) > 20, vm)

@@ -120,7 +120,7 @@ class Outage:
         url = server.url("kvm")
         vmrewind("init", url)
         noted: list[Noted] = []
-        with writer_vm(tmp_path, "outage", repository=url, pause_ms=30, size_bytes=64 << 20) as vm:
+        with writer_vm(tmp_path, "outage", repository=url, pause_ms=80, size_bytes=64 << 20) as vm:
             vm.start()
             vm.wait_for("^ACK 5$")
             killer = Killer(vm, 10)

@@ -1,6 +1,6 @@
 """Shipping over a store that fails: what is in the repository is always a prefix of the journal, without hole.
 
-``VMREWIND_SHIP_SEEDS`` says for how many seeds (250; a thousand, or more, by hand).
+``VMREWIND_SHIP_SEEDS`` says for how many seeds (500; a thousand, or more, by hand).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vmrewind.repository.segment import ShippedSegment
 from vmrewind.ship import shipper as shipper_module
 from vmrewind.ship.shipper import Shipper
 
-SEEDS = int(os.environ.get("VMREWIND_SHIP_SEEDS", "250"))
+SEEDS = int(os.environ.get("VMREWIND_SHIP_SEEDS", "500"))
 GROUPS = 4
 BOTH = ("vda", "vdb")
 
