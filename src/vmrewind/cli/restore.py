@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from vmrewind.cli.chosen import BranchOption, Chosen
 from vmrewind.cli.progress import byte_progress
-from vmrewind.errors import UsageError, VmStateError
+from vmrewind.errors import MomentError, UsageError, VmStateError
 from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.history import History
 from vmrewind.history.moments import FORMS, format_time
@@ -24,6 +24,7 @@ from vmrewind.recover.restore import Restored
 from vmrewind.recover.restore import restore as restore_to_files
 from vmrewind.repository.repository import Repository
 from vmrewind.start.bases import complete_begun
+from vmrewind.start.images import no_guest_ran, refuse_half_restored
 from vmrewind.start.leftovers import clear_leftovers
 from vmrewind.start.processes import running
 from vmrewind.start.resolve import VM_HELP, StoredVm, VmHandle, open_any
@@ -53,6 +54,11 @@ def restore(
     if own is not None and filling(own.journal):
         at = at or "latest"
         complete_bases(own, json=json)
+    elif own is not None and at is None and pending(own.journal) is None:
+        raise UsageError(
+            f"{own.name}: --at is missing, and there is nothing that was begun in place and is left to be completed",
+            f"give the moment to restore to: {FORMS}",
+        )
     with found.history() as history:
         chosen = Chosen.of(found.name, history, branch, disk)
         targets = chosen.targets
@@ -83,6 +89,8 @@ def restore(
 
 def complete_bases(own: VmHandle, *, json: bool) -> None:
     """Make the bases that were begun of another VM's moment, and that what is restored here stands on."""
+    if no_guest_ran(own.journal):
+        refuse_half_restored(own.name, own.journal)
     assert own.config is not None and own.config.protection.repository is not None, "it was begun with a repository"
     disks = [(disk.target, Path(disk.image)) for disk in own.config.protection.disk]
     with byte_progress(json=json) as update:
@@ -93,7 +101,12 @@ def complete_bases(own: VmHandle, *, json: bool) -> None:
         for target, image in disks:
             repository = Repository.open(own.config.protection.repository).vm(own.name)
             if Origin.read(own.journal, target) is not None:
-                complete_begun(own.paths, repository, own.journal, image, target, progress)
+                try:
+                    complete_begun(own.paths, repository, own.journal, image, target, progress)
+                except MomentError:
+                    # The moment is lost, and with it what the images lack.
+                    refuse_half_restored(own.name, own.journal)
+                    raise
 
 
 def on_this_host(found: VmHandle | StoredVm, done: str) -> VmHandle:

@@ -68,7 +68,8 @@ def _show(found: dict[str, Any]) -> None:
         bases = disk["bases"]
         base = f"{len(bases)} base(s), newest {bases[-1]}" if bases else "no base"
         making = disk.get("base_being_made")
-        made = f"; one is being made: {making['share']:.0%}, and what needs it cannot be restored before" if making else ""
+        share = f": {making['share']:.0%}" if making and making["share"] is not None else ""
+        made = f"; one is being made{share}, and what needs it cannot be restored before" if making else ""
         console.print(f"  disk {target}: {escape(disk['image'])} ({disk['format']}), {base}{made}")
     journal = found["journal"]
     quota = f" of {decimal(journal['quota_bytes'])}" if journal["quota_bytes"] else ""

@@ -21,7 +21,7 @@ from vmrewind.recover.affected import Affected
 from vmrewind.recover.findings import Finding, Kind, Part
 from vmrewind.recover.verify import verify as verify_repository
 from vmrewind.repository.repository import Repository
-from vmrewind.start.resolve import parse_stored, share_being_made
+from vmrewind.start.resolve import being_made, parse_stored
 
 _AGE: Final = re.compile(r"(\d{1,6})([hd])", re.ASCII)
 _SHOWN_MAX: Final = 4
@@ -80,7 +80,7 @@ def verify(
 
     with byte_progress(json=json) as update:
         vms = None if vm is None else [vm]
-        parts = verify_repository(repository, found, update, vms=vms, data=data, again_ns=again_ns, being_made=share_being_made)
+        parts = verify_repository(repository, found, update, vms=vms, data=data, again_ns=again_ns, being_made=being_made)
     nothing = vm is not None and not any(part.vm == vm and part.objects for part in parts)
     if nothing and not counts[Kind.UNCHECKED] and not counts[Kind.DAMAGE]:
         raise RepositoryError(

@@ -22,8 +22,9 @@ from vmrewind.history.records import RunRecords
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ObjectCache, ShippedSource, open_journal
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal import format as fmt
-from vmrewind.journal.copy_before_write import begun_base
+from vmrewind.journal.copy_before_write import begun_base, made_words
 from vmrewind.journal.format import run_name
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.runs import Head, RunInfo, described_runs, local_runs, read_head
 from vmrewind.repository.manifest import Manifest
 from vmrewind.repository.repository import VmRepository
@@ -68,8 +69,10 @@ class History:
         """A gap that the journal does not tell of: (run, since when in ns, cause)."""
         self.unrecorded: Mapping[str, str] = {}
         """Disks whose images have gone on from what the head says, without a record, and why that is known."""
-        self.begun: Mapping[str, tuple[str, float]] = {}
-        """The bases that are being made here: by disk, the id and how much of it there is (0 to 1)."""
+        self.begun: Mapping[str, tuple[str, float | None]] = {}
+        """The bases that are being made here: by disk, the id and how much of it there is (0 to 1), if that is known."""
+        self.filling = False
+        """Whether the VM's images here were never complete."""
         self._bases = bases
         self._described_here = described_here
         self._local = local
@@ -124,6 +127,7 @@ class History:
             if journal is not None:
                 targets = {disk.target for info in here for disk in info.disks}
                 made.begun = {target: found for target in targets if (found := begun_base(journal, target)) is not None}
+                made.filling = (journal / FILLING).exists()
             if head is not None and journal is not None:
                 made.unrecorded = unrecorded(head, [disk.target for info in here for disk in info.disks], journal)
                 # A run that began meanwhile removed the head before it touched an image.
@@ -284,8 +288,8 @@ class History:
         base_id = info.bases[target]
         if self._local_manifest(target, base_id) is not None or base_id in self._known_bases(target):
             return None
-        if (share := self._made_share(target, base_id)) is not None:
-            return _being_made(target, base_id, share)
+        if (words := self._being_made(target, base_id)) is not None:
+            return words
         if self.repository is None:
             return f"base {base_id} of disk {target} is not known here, and the repository cannot be read"
         return f"base {base_id} of disk {target} is not in {self.repository.repository.url}: it was never completed, or it is lost"
@@ -296,13 +300,26 @@ class History:
         base_id = info.bases[target]
         if (manifest := self._local_manifest(target, base_id)) is not None:
             return manifest
-        if (share := self._made_share(target, base_id)) is not None:
-            raise MomentError(_being_made(target, base_id, share), f"vmrewind status {self.name} shows how much of it there is")
+        if (words := self._being_made(target, base_id)) is not None:
+            raise MomentError(words, self.completed_by)
         return self.reachable_repository(f"base {base_id} of disk {target}").base(target, base_id)
 
-    def _made_share(self, target: str, base_id: str) -> float | None:
+    def _being_made(self, target: str, base_id: str) -> str | None:
         begun = self.begun.get(target)
-        return begun[1] if begun is not None and begun[0] == base_id else None
+        if begun is None or begun[0] != base_id:
+            return None
+        return f"base {base_id} of disk {target} is still being made{made_words(begun[1])}"
+
+    @property
+    def completed_by(self) -> str:
+        """In words, what completes the bases that are being made here."""
+        by = f"`vmrewind restore {self.name} --in-place`" if self.filling else f"its next start, or `vmrewind backup {self.name}`,"
+        return f"while the VM runs it is being made, as `vmrewind status {self.name}` shows; if it is stopped, {by} completes it"
+
+    def reached(self, repository: VmRepository) -> None:
+        """The repository, which could not be reached when the history was opened, can be now: for views that stand."""
+        self.repository, self.problem = repository, None
+        self._repository_bases.clear()
 
     def reachable_repository(self, wanted: str) -> VmRepository:
         """The repository, which has ``wanted``; raises RepositoryError with what kept it from being read."""
@@ -343,7 +360,3 @@ class History:
             for disk in leg.info.disks:
                 for hole in records.holes(disk.index, leg.info.first_seq, end):
                     yield hole.cause
-
-
-def _being_made(target: str, base_id: str, share: float) -> str:
-    return f"base {base_id} of disk {target} is still being made ({share:.0%} by now)"

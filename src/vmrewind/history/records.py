@@ -95,6 +95,11 @@ class RunRecords:
             self._here = None
             self.losses += 1
 
+    @property
+    def damaged(self) -> bool:
+        """Whether there is anything of the run that cannot be read."""
+        return bool(self.broken or self._left_out)
+
     def event_pieces(self) -> list[Piece]:
         """Disjoint pieces that hold every known record of the whole VM: any source has those, whatever its disks."""
         return _merge(self._local_pieces(), self.shipped)

@@ -40,7 +40,8 @@ class _Resolver:
         for coverage in self._coverages:
             if not coverage.intervals:
                 cause = coverage.gaps[-1].cause if coverage.gaps else "nothing was recorded yet"
-                raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", self._way_out())
+                way_out = history.completed_by if coverage.target in history.begun else self._way_out()
+                raise MomentError(f"no moment of disk {coverage.target} can be restored: {cause}", way_out)
         # After a step back of the wall clock the journal's time is ahead of it for a while.
         self._current_ns = current_ns
         self._now_ns = max(current_ns, *(coverage.intervals[-1].last.time_ns for coverage in self._coverages))

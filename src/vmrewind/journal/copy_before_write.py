@@ -341,14 +341,14 @@ class CopyBeforeWrite:
         return int.from_bytes(self._map[at : at + _BITS_BYTES], "little")
 
 
-def begun_base(journal: Path, target: str) -> tuple[str, float] | None:
+def begun_base(journal: Path, target: str) -> tuple[str, float | None] | None:
     """(id, how much of the disk it has, 0 to 1) of the base that is being made of a disk; None if none is.
 
-    Of one that is made of another VM's moment it is not known how much there is: 0.
+    Of one that is made of another VM's moment it is not known how much there is: None.
     """
     try:
         if (origin := Origin.read(journal, target)) is not None:
-            return origin.base, 0.0
+            return None if origin.lost else (origin.base, None)
     except (OSError, CorruptionError):
         return None
     try:
@@ -359,6 +359,11 @@ def begun_base(journal: Path, target: str) -> tuple[str, float] | None:
         return None
     with found:
         return (found.base.id, found.taken_share) if found.state is State.MAKING else None
+
+
+def made_words(share: float | None) -> str:
+    """How much there is of a base, in brackets; nothing where that is not known."""
+    return "" if share is None else f" ({share:.0%} by now)"
 
 
 def remove(journal: Path, target: str) -> None:

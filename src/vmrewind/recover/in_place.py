@@ -29,10 +29,10 @@ from vmrewind.history.history import History
 from vmrewind.history.reading import read_whole
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
-from vmrewind.journal.copy_before_write import begun_base
+from vmrewind.journal.copy_before_write import begun_base, made_words
 from vmrewind.journal.format import run_name
 from vmrewind.journal.identity import image_identity
-from vmrewind.journal.origin import filled, filling
+from vmrewind.journal.origin import Origin, filled, filling
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.recover.blocks import BLOCK, differing_runs
@@ -131,9 +131,10 @@ def restore_in_place(
 def _refuse_without_base(name: str, journal: Path, images: Mapping[str, Path]) -> None:
     """An image that its base is still made of holds what is nowhere else."""
     for target in images:
-        if (found := begun_base(journal, target)) is not None:
+        # One that is made of another VM's moment needs nothing of the image.
+        if Origin.read(journal, target) is None and (found := begun_base(journal, target)) is not None:
             raise VmStateError(
-                f"{name}: base {found[0]} of disk {target} is still being made ({found[1]:.0%} by now), of the image as it is",
+                f"{name}: base {found[0]} of disk {target} is still being made{made_words(found[1])}, of the image as it is",
                 f"`vmrewind backup {name}` completes it; then do this again",
             )
 

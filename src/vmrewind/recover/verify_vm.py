@@ -29,7 +29,7 @@ _SHOWN_MAX: Final = 20
 Found = Callable[[Finding], None]
 UseManifest = Callable[[Manifest], Sequence[int]]
 """Told of each manifest; returns the numbers of its chunks that are missing."""
-BeingMade = Callable[[str, str, str], float | None]
+BeingMade = Callable[[str, str, str], str | None]
 """How much of a base, 0 to 1, is made by now, by (VM, disk, base id); None if that is not known here."""
 
 
@@ -239,15 +239,15 @@ class Structure:
         vm = self._vm
         key = layout.base_key(vm.name, target, base_id)
         # Asked first: one that is completed in between is there.
-        share = self._being_made(vm.name, target, base_id)
+        being_made = self._being_made(vm.name, target, base_id)
         if not vm.is_missing(key):
             return
         goes_on = info.parent is not None and target not in info.gaps
         losses = [] if goes_on else [Loss(target, info.run, info.first_seq)]
         what = f"the base of disk {target} of run {run_name(info.run)}"
         way_round = ", which can be composed from the runs before it" if goes_on else ""
-        if share is not None:
-            message = f"still being made ({share:.0%} by now): {what}{way_round}"
+        if being_made is not None:
+            message = f"still being made{being_made}: {what}{way_round}"
             self._found(Finding(Kind.GAP, vm.name, key, message, WAIT, tree.affected(losses)))
         elif key in vm.gone_keys:
             self._damage(key, f"gone, and an earlier verification saw it: {what}{way_round}", NEW_BASE, tree, losses)

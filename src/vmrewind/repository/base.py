@@ -11,7 +11,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
@@ -150,7 +150,7 @@ def make_begun_base(
 def make_base_of(
     repository: VmRepository,
     source: Source,
-    known: Mapping[int, str | None],
+    known: MutableMapping[int, str | None],
     *,
     base_id: str,
     disk: str,
@@ -163,9 +163,10 @@ def make_base_of(
 ) -> Manifest:
     """Make a base of what ``source`` reads, which is no image here, and put its manifest.
 
-    ``known``: the ids of chunks by number, as far as they are known. Raises what the source and the store raise.
+    ``known``: the ids of chunks by number, as far as they are known; what is stored is added, for a further try. Raises what the
+    source and the store raise.
     """
-    chunks = _Job(repository.repository.chunks, source, size, known, lambda *_: None, progress).run()
+    chunks = _Job(repository.repository.chunks, source, size, known, known.__setitem__, progress).run()
     # No image has this identity, so none is ever taken for this base.
     identity = ImageIdentity("", size, 0, 0, 0)
     manifest = Manifest(base_id, disk, uuid, size, CHUNK_SIZE, time_ns, format, backing, identity, tuple(chunks))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import signal
@@ -27,11 +28,13 @@ from vmrewind.repository.manifest import Manifest, new_base_id
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.start import interrupted
 from vmrewind.start.errand import parser, yield_to_the_guest
-from vmrewind.start.origins import complete_from
+from vmrewind.start.origins import Moment, complete_from
 from vmrewind.vmconfig.model import VmConfig
 
 _LITTLE: Final = 256 << 20
 """Bytes that a base's last seconds bring."""
+_RETRY_SECONDS: Final = 2.0
+_RETRY_SECONDS_MAX: Final = 60.0
 _PR_SET_PDEATHSIG: Final = 1
 
 Progress = Callable[[str, int, int, int], None]
@@ -172,7 +175,87 @@ def complete_begun(
 def little_left(journal: Path, disks: Sequence[DiskInfo]) -> bool:
     """Whether the bases that are being made of these disks lack so little that a VM's stop should wait for them."""
     begun = [(disk.size, begun_base(journal, disk.target)) for disk in disks]
-    return sum(size * (1 - base[1]) for size, base in begun if base is not None) <= _LITTLE
+    return sum(size * (1 - (base[1] or 0)) for size, base in begun if base is not None) <= _LITTLE
+
+
+class _Maker:
+    """Makes the bases that were begun of the disks of a run.
+
+    What is to be made of other VMs' moments is taken hold of first, and kept until the end: a later look may come too late for it.
+    """
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self._given = given
+        self._journal: Path = given.journal
+        self._paths = VmPaths(given.vm)
+        self._events = EventLog(self._paths.events(given.run))
+        self._images = {disk.target: Path(disk.image) for disk in VmConfig.load_saved(self._paths.config).protection.disk}
+        self._moments: dict[str, Moment] = {}
+        self._sent_bytes = 0
+
+    def make_all(self) -> int:
+        """Make them, or give them up; returns the exit code. What is made of a moment is tried again here."""
+        pause_seconds = _RETRY_SECONDS
+        left: list[str] = self._given.disks
+        while True:
+            held = {target: self._tried(target, self._hold) for target in left}
+            goes_on = False
+            codes = {}
+            for target in left:
+                self._sent_bytes = 0
+                codes[target] = held[target] or self._tried(target, self._make)
+                goes_on = goes_on or self._sent_bytes > 0
+            left = [target for target in left if codes[target]]
+            if not any(Origin.path(self._journal, target).exists() for target in left):
+                return next((codes[target] for target in left), 0)
+            pause_seconds = _RETRY_SECONDS if goes_on else pause_seconds
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _RETRY_SECONDS_MAX)
+
+    def _tried(self, target: str, work: Callable[[str], None]) -> int:
+        """Do it; the exit code, 0 also if there is nothing left to be made."""
+        try:
+            work(target)
+        except (VmrewindError, OSError) as error:
+            sys.stderr.write(f"base: {self._given.vm}: {error}\n")
+            if (unmade := begun_base(self._journal, target)) is not None:
+                code, hint = (error.exit_code, error.hint) if isinstance(error, VmrewindError) else (ImageError.exit_code, "")
+                self._events.write("base.interrupted", disk=target, error=str(error), hint=hint)
+                interrupted.note(self._paths, target, unmade[0], f"{error} ({hint})" if hint else str(error))
+                return code
+            if (origin := Origin.read(self._journal, target)) is not None and origin.lost:
+                self._events.write("base.given-up", disk=target, base=origin.base, reason=origin.lost)
+        return 0
+
+    def _repository(self) -> VmRepository:
+        return Repository.open(self._given.repository).vm(self._given.vm)
+
+    def _hold(self, target: str) -> None:
+        origin = Origin.read(self._journal, target)
+        if origin is not None and not origin.lost and target not in self._moments:
+            self._moments[target] = Moment.open(self._given.vm, self._journal, target, origin, self._repository)
+
+    def _make(self, target: str) -> None:
+        began = time.monotonic()
+
+        def note(disk: str, _done: int, _total: int, sent: int) -> None:
+            if sent and not self._sent_bytes:
+                interrupted.clear(self._paths, disk)
+            self._sent_bytes = sent
+
+        if (moment := self._moments.get(target)) is not None:
+            made: Manifest | None = moment.complete(
+                self._paths, self._repository(), lambda done, total, sent: note(target, done, total, sent)
+            )
+            self._moments.pop(target).close()
+        else:
+            made = complete_begun(self._paths, self._repository(), self._journal, self._images[target], target, note)
+        interrupted.clear(self._paths, target)
+        if made is not None:
+            seconds = round(time.monotonic() - began, 3)
+            self._events.write(
+                "base.made", disk=target, base=made.id, bytes=made.size, sent_bytes=self._sent_bytes, seconds=seconds
+            )
 
 
 def main() -> int:
@@ -185,36 +268,7 @@ def main() -> int:
     if os.getppid() != given.keeper:
         return StartError.exit_code
     yield_to_the_guest()
-    paths = VmPaths(given.vm)
-    events = EventLog(paths.events(given.run))
-    images = {disk.target: Path(disk.image) for disk in VmConfig.load_saved(paths.config).protection.disk}
-    code = 0
-    for target in given.disks:
-        try:
-            began = time.monotonic()
-            sent_bytes = 0
-
-            def note(disk: str, _done: int, _total: int, sent: int) -> None:
-                nonlocal sent_bytes
-                if sent and not sent_bytes:
-                    interrupted.clear(paths, disk)
-                sent_bytes = sent
-
-            repository = Repository.open(given.repository).vm(given.vm)
-            manifest = complete_begun(paths, repository, given.journal, images[target], target, note)
-            interrupted.clear(paths, target)
-            if manifest is not None:
-                seconds = round(time.monotonic() - began, 3)
-                events.write(
-                    "base.made", disk=target, base=manifest.id, bytes=manifest.size, sent_bytes=sent_bytes, seconds=seconds
-                )
-        except (VmrewindError, OSError) as error:
-            if (unmade := begun_base(given.journal, target)) is not None:
-                code, hint = (error.exit_code, error.hint) if isinstance(error, VmrewindError) else (ImageError.exit_code, "")
-                events.write("base.interrupted", disk=target, error=str(error), hint=hint)
-                interrupted.note(paths, target, unmade[0], f"{error} ({hint})" if hint else str(error))
-            sys.stderr.write(f"base: {given.vm}: {error}\n")
-    return code
+    return _Maker(given).make_all()
 
 
 if __name__ == "__main__":

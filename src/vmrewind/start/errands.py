@@ -89,8 +89,8 @@ class Errands:
         self._stopping.set()
         await _end(self._resync)
 
-    async def stop_bases(self, disks: Sequence[DiskInfo]) -> dict[str, float]:
-        """The images are at rest: by disk, how much there is (0 to 1) of a base that is not complete."""
+    async def stop_bases(self, disks: Sequence[DiskInfo]) -> dict[str, float | None]:
+        """The images are at rest: by disk, how much there is (0 to 1), if known, of a base that is not complete."""
         if self._bases is None:
             return {}
         if little_left(self._journal, disks):

@@ -15,9 +15,10 @@ from typing import Final
 
 from vmrewind.capture.dirty import is_bypassed
 from vmrewind.capture.recovery import recover
-from vmrewind.errors import ImageError, StartError
+from vmrewind.errors import ImageError, StartError, VmStateError
 from vmrewind.journal.copy_before_write import CopyBeforeWrite
 from vmrewind.journal.identity import image_identity
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.runs import Discontinuity, ImageIdentity, Position, RunInfo, new_run_id, run_path, write_durably
 from vmrewind.journal.state import StatePage
 from vmrewind.start.continuity import gap_closed
@@ -59,6 +60,11 @@ def leave_protection(
     identities_now(info, known)
     if not begun(journal, info.run):
         return info
+    if (journal / FILLING).exists():
+        raise VmStateError(
+            f"{info.vm}: its images are not complete, so they cannot be served without protection",
+            "the guest waits until capture stays up again: mend what ends it",
+        )
     refuse_half_restored(info.vm, journal)
     recovered = recover(journal, say)
     if recovered is None or recovered.position.run != info.run:

@@ -8,8 +8,20 @@ from pathlib import Path
 
 from vmrewind.capture.recovery import find_end, recover
 from vmrewind.errors import ImageError, SupersededError, VmrewindError, VmStateError
-from vmrewind.journal.origin import FILLING
-from vmrewind.journal.runs import RESTORE_PENDING, TAKEOVER_PENDING, Head, Position, RunInfo, local_runs, read_head, write_durably
+from vmrewind.journal.origin import FILLING, Origin, filling
+from vmrewind.journal.reader import segment_files
+from vmrewind.journal.runs import (
+    RESTORE_PENDING,
+    TAKEOVER_PENDING,
+    Head,
+    Position,
+    RunInfo,
+    described_runs,
+    local_runs,
+    read_head,
+    write_durably,
+)
+from vmrewind.paths import VmPaths
 from vmrewind.vmconfig.model import DiskConfig, VmConfig
 
 
@@ -31,10 +43,37 @@ def refuse_half_restored(name: str, journal: Path) -> None:
             f"run `vmrewind restore {name} --in-place` again: it completes it",
         )
     if (journal / FILLING).exists():
-        raise VmStateError(
-            f"{name}: `vmrewind boot` was ended before its images were complete",
-            f"run `vmrewind restore {name} --in-place`: it completes them, with all that the VM wrote",
-        )
+        raise VmStateError(*incomplete(name, journal))
+
+
+def incomplete(name: str, journal: Path) -> tuple[str, str]:
+    """What is wrong with images that `vmrewind boot` was to complete and did not, and what to do. Raises CorruptionError."""
+    ended = f"{name}: `vmrewind boot` was ended before its images were complete"
+    if no_guest_ran(journal):
+        return f"{ended}, and no guest ever ran on them", f"there is nothing to lose: {_what_to_remove(name)}, and boot it again"
+    go_on = f"to go on with them as they are, remove {journal / FILLING}: the next start makes a new base of them"
+    for target in filling(journal):
+        origin = Origin.read(journal, target)
+        if origin is not None and origin.lost:
+            return (
+                f"{ended}, and what {target} lacks is lost, as {origin.vm} does not have the moment any more: {origin.lost}",
+                f"what its guest wrote is in the images and the journal, and of the moment what was copied by then; {go_on}",
+            )
+    return ended, f"run `vmrewind restore {name} --in-place`: it completes them, with all that the VM wrote"
+
+
+def no_guest_ran(journal: Path) -> bool:
+    """Whether the VM that this journal is of never began a run."""
+    return not described_runs(journal) and not segment_files(journal)
+
+
+def _what_to_remove(name: str) -> str:
+    paths = VmPaths(name)
+    try:
+        disks = VmConfig.load_saved(paths.config).protection.disk
+    except VmrewindError:
+        return f"remove the directory that --keep named and {paths.state}"
+    return f"remove {', '.join(sorted({str(Path(disk.image).parent) for disk in disks}))} and {paths.state}"
 
 
 def refuse_half_taken_over(name: str, journal: Path) -> None:

@@ -20,6 +20,7 @@ from vmrewind.errors import CorruptionError, VmStateError
 from vmrewind.journal.copy_before_write import begun_base, remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.runs import RunInfo, new_run_id, run_path, write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.ship.meter import unsent
@@ -67,7 +68,7 @@ class Keeper:
         self._tasks: list[asyncio.Task[None]] = []
         self._repository: str | None = None
         self._errands: Errands | None = None
-        self._unmade: dict[str, float] = {}
+        self._unmade: dict[str, float | None] = {}
         self._stopping = False
         self._qemu_pid: int | None = None
         self._trouble: str | None = None
@@ -249,11 +250,16 @@ class Keeper:
         """After the end: in words, what of the run the repository does not have, nothing if it has all."""
         left = []
         if self._unmade:
-            disks = ", ".join(f"{target} ({share:.0%} made)" for target, share in self._unmade.items())
-            left.append(
-                f"{self.paths.name}: the base of {disks} is not complete, and nothing can be restored without it: the next start "
-                f"goes on with it, and so does `vmrewind backup {self.paths.name}`"
+            name = self.paths.name
+            disks = ", ".join(
+                f"{target} ({share:.0%} made)" if share is not None else target for target, share in self._unmade.items()
             )
+            completes = (
+                f"`vmrewind restore {name} --in-place` completes it"
+                if (self.storage.journal / FILLING).exists()
+                else f"the next start goes on with it, and so does `vmrewind backup {name}`"
+            )
+            left.append(f"{name}: the base of {disks} is not complete, and nothing can be restored without it: {completes}")
         if self._unsent != 0:
             what = "what" if self._unsent is None else f"{self._unsent} bytes that"
             left.append(

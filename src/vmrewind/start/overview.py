@@ -13,7 +13,7 @@ from vmrewind.errors import CorruptionError, VmrewindError
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.journal.copy_before_write import CopyBeforeWrite, State
 from vmrewind.journal.format import run_name
-from vmrewind.journal.origin import FILLING
+from vmrewind.journal.origin import FILLING, Origin
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, local_runs, read_head
 from vmrewind.paths import state_root
@@ -22,6 +22,7 @@ from vmrewind.ship.status import baseless_words
 from vmrewind.ship.status import status as ship_status
 from vmrewind.start import interrupted
 from vmrewind.start.control import instruct
+from vmrewind.start.images import incomplete
 from vmrewind.start.processes import ROLES, Process, running
 from vmrewind.start.resolve import VmHandle
 from vmrewind.start.saved_state import words as saved_state_words
@@ -122,17 +123,27 @@ def overview(handle: VmHandle) -> dict[str, Any]:
         problems.append(
             "its images are being completed by `vmrewind boot`"
             if keeping is not None and keeping.keeper.alive
-            else f"its images are not complete: `vmrewind restore {handle.name} --in-place` completes them"
+            else _incomplete(handle)
         )
     return result
+
+
+def _incomplete(handle: VmHandle) -> str:
+    try:
+        return ": ".join(incomplete(handle.name, handle.journal))
+    except (OSError, CorruptionError) as error:
+        return f"its images are not complete: {error}"
 
 
 def _ask_bases(handle: VmHandle, result: dict[str, Any]) -> None:
     """How the bases stand that were begun."""
     for target, disk in result["disks"].items():
         try:
+            if (origin := Origin.read(handle.journal, target)) is not None:
+                _tell_of(handle, target, origin, result)
+                continue
             begun = CopyBeforeWrite.open(handle.journal, target)
-        except OSError as error:
+        except (OSError, CorruptionError) as error:
             result["problems"].append(f"{target}: how its base stands cannot be known: {error}")
             continue
         if begun is None:
@@ -140,16 +151,31 @@ def _ask_bases(handle: VmHandle, result: dict[str, Any]) -> None:
         with begun:
             if begun.state is State.MAKING:
                 disk["base_being_made"] = {"id": begun.base.id, "since_ns": begun.base.time_ns, "share": begun.taken_share}
-                if (why := interrupted.read(handle.paths, target, begun.base.id)) is not None:
-                    result["problems"].append(
-                        f"{target}: base {begun.base.id} could not be made yet, nothing that needs it can be restored; "
-                        f"the last try: {why}"
-                    )
+                _tell_of_interruption(handle, target, begun.base.id, result)
             elif begun.state is State.FAILED:
                 result["problems"].append(
                     f"{target}: base {begun.base.id} was given up, nothing that needs it can be restored: {begun.reason}; "
                     "the VM's next start begins another one"
                 )
+
+
+def _tell_of(handle: VmHandle, target: str, origin: Origin, result: dict[str, Any]) -> None:
+    """How a first base stands that is made of another VM's moment."""
+    if not origin.lost:
+        result["disks"][target]["base_being_made"] = {"id": origin.base, "since_ns": None, "share": None}
+        _tell_of_interruption(handle, target, origin.base, result)
+        return
+    result["problems"].append(
+        f"{target}: base {origin.base} was given up, nothing that needs it can be restored: it is a moment of {origin.vm}, "
+        f"which does not have it any more: {origin.lost}; once the images are complete, the VM's next start begins another one"
+    )
+
+
+def _tell_of_interruption(handle: VmHandle, target: str, base: str, result: dict[str, Any]) -> None:
+    if (why := interrupted.read(handle.paths, target, base)) is not None:
+        result["problems"].append(
+            f"{target}: base {base} could not be made yet, nothing that needs it can be restored; the last try: {why}"
+        )
 
 
 def _ask_capture(handle: VmHandle, result: dict[str, Any]) -> None:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrewind.capture.image import Image
-from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmStateError
+from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmrewindError, VmStateError
 from vmrewind.history.branch import last_takeover
 from vmrewind.history.configuration import config_digest
 from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, remove
 from vmrewind.journal.events import EventLog
-from vmrewind.journal.origin import Origin
+from vmrewind.journal.origin import Origin, forget_lost, settled
 from vmrewind.journal.runs import (
     Discontinuity,
     ImageIdentity,
@@ -148,6 +148,7 @@ class Planner:
                         begun_now.append(image.target)
                 if base is not None:
                     bases[image.target] = base
+                    forget_lost(self.journal, image.target)
                 if past.position is not None and not continuous:
                     gaps[image.target] = Discontinuity(self._cause(image, past), past.position.time_ns)
                     self.events.write("history.gap", disk=image.target, cause=gaps[image.target].cause)
@@ -278,7 +279,9 @@ class Planner:
         It can if all that was written to the image since is known: by those who keep what the base does not have yet.
         """
         if (origin := Origin.read(self.journal, image.target)) is not None:
-            return origin.base
+            if origin.lost:
+                self._give_up(image, origin.base, origin.lost)
+            return None if origin.lost else origin.base
         begun = CopyBeforeWrite.open(self.journal, image.target)
         if begun is None:
             remove(self.journal, image.target)
@@ -318,6 +321,9 @@ class Planner:
         """Whether the disk's history can be gone on from here without a new base. ``begun``: the base that is being made of it."""
         if past.position is None or not run_path(self.journal, past.position.run).exists() or self._strange:
             return False
+        if begun is None and Origin.path(self.journal, image.target).exists():
+            # Its base is lost, which the repository need not be asked about.
+            return False
         return goes_on(self.journal, self.repository, past.runs, past.position, image.target, image.size, begun)
 
     def _reachable(self, image: Image) -> VmRepository:
@@ -334,6 +340,7 @@ class Planner:
         if instead_of is not None:
             self._give_up(image, instead_of, "what was written since is not complete")
         base = begin(self.journal, repository.repository.id, image, run, vm_uuid)
+        settled(self.journal, image.target)
         self.say(f"{image.target}: a base (full backup) of it as it is now is made while the VM runs: {why}")
         self.events.write("base.begun", disk=image.target, base=base, bytes=image.size, reason=why)
         return base
@@ -343,9 +350,24 @@ class Planner:
         repository = self._reachable(image)
         if begun is not None:
             self.say(f"{image.target}: completing base {begun}, which was begun before")
-            complete_begun(self.paths, repository, self.journal, Path(image.path), image.target, self.progress)
-            self.events.write("base.made", disk=image.target, base=begun, bytes=image.size)
+            self._complete(image, repository, begun)
         self.say(f"{image.target}: making a base (full backup): a backup was asked for")
         manifest = back_up(self.paths, repository, image, vm_uuid, self.progress)
         self.events.write("base.made", disk=image.target, base=manifest.id, bytes=image.size)
         return manifest.id
+
+    def _complete(self, image: Image, repository: VmRepository, begun: str) -> None:
+        try:
+            complete_begun(self.paths, repository, self.journal, Path(image.path), image.target, self.progress)
+        except VmrewindError as error:
+            origin = Origin.read(self.journal, image.target)
+            if origin is None:
+                raise
+            # It is made of another VM's history: no base of the image has to wait for it.
+            if origin.lost:
+                self._give_up(image, begun, origin.lost)
+            else:
+                self.say(f"{image.target}: base {begun} cannot be made now, and nothing that needs it can be restored yet: {error}")
+                self.events.write("base.interrupted", disk=image.target, error=str(error), hint=error.hint)
+        else:
+            self.events.write("base.made", disk=image.target, base=begun, bytes=image.size)

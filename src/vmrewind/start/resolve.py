@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from vmrewind.capture.dirty import undeclared_gap
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError, VmrewindError, VmStateError
-from vmrewind.journal.copy_before_write import begun_base
+from vmrewind.journal.copy_before_write import begun_base, made_words
 from vmrewind.paths import VmPaths
 from vmrewind.repository.layout import REPOSITORY
 from vmrewind.repository.repository import Repository, VmRepository
@@ -101,13 +101,13 @@ class StoredVm:
         return history
 
 
-def share_being_made(vm: str, target: str, base_id: str) -> float | None:
-    """How much of a base, 0 to 1, is made by now; None if it is not being made on this host, or that cannot be known."""
+def being_made(vm: str, target: str, base_id: str) -> str | None:
+    """How much of a base is made by now, in words if that is known; None if it is not being made on this host."""
     try:
         found = begun_base(VmHandle(vm, VmConfig.load_saved(VmPaths(vm).config)).journal, target)
     except (VmrewindError, OSError):
         return None
-    return found[1] if found is not None and found[0] == base_id else None
+    return made_words(found[1]) if found is not None and found[0] == base_id else None
 
 
 def open_vm(argument: str) -> VmHandle:
