@@ -91,13 +91,13 @@ def test_a_moment_reads_no_table_of_records_that_a_merged_one_stands_for(
     made: MadeHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scanned: list[str] = []
-    read = Segment.tables
+    read = Segment.readable_tables
 
     def noted(segment: Segment, *where: int) -> object:
         scanned.append(segment.path.name)
         return read(segment, *where)
 
-    monkeypatch.setattr(Segment, "tables", noted)
+    monkeypatch.setattr(Segment, "readable_tables", noted)
     last = max(made.times)
     with made.open() as history, counted(monkeypatch) as used:
         history.coverage("vda", history.branch())
@@ -235,6 +235,31 @@ def test_no_record_is_missing_silently_after_a_read_that_failed(made: MadeHistor
         check_without(made, history, lost)
 
 
+@pytest.mark.parametrize("shipped", [False, True])
+def test_a_view_that_stands_goes_on_after_a_segment_was_noticed_to_be_cut(made: MadeHistory, shipped: bool) -> None:
+    """What it holds of the segment is more than the segment has now."""
+    last = made.position(max(made.times))
+    content = made.disk("vda").states[last.seq]
+    with Segment(made.segment_paths()[2]) as segment:
+        batches = list(segment.batches())
+    if shipped:
+        made.ship(made.run, 1, last.seq)
+    with made.open() as history:
+        view = View.open(history, "vda", last)
+        os.truncate(made.segment_paths()[2], batches[1].position + 60)
+        with pytest.raises(DamagedObject) as damaged:
+            history.records(made.run).local[2].rows(batches[0].first_seq, batches[3].last_seq)
+        history.records(made.run).leave_out(damaged.value)
+        assert history.records(made.run).local[2].last == batches[0].last_seq
+        for offset in (19 * K, 25 * K, 19 * K):
+            if shipped:
+                assert view.read(offset, K) == content[offset : offset + K]
+                continue
+            between = f"a record between {batches[0].first_seq} and {batches[3].last_seq} is damaged"
+            with pytest.raises(CorruptionError, match=between):
+                view.read(offset, K)
+
+
 @pytest.mark.parametrize("what", ["rows", "notes"])
 def test_a_piece_never_gives_less_than_it_stands_for(made: MadeHistory, what: str) -> None:
     _, lost = damaged_between_records(made)
@@ -308,6 +333,20 @@ def test_changes_of_a_file_end_where_records_prove_lost(made: MadeHistory) -> No
         assert coverage.holds_seq(0, max(made.times)), "nobody has looked yet"
         found = list(_stretches(history, branch, "vda", (made.position(2), made.position(max(made.times)))))
         assert [int(stretch.rows["seq"][-1]) for stretch in found] == [lost[0] - 1]
+
+
+def test_a_segment_that_proves_damaged_without_end_is_an_error(made: MadeHistory) -> None:
+    with made.open() as history:
+        source = history.records(made.run).local[0]
+        tries: list[int] = []
+
+        def never() -> None:
+            tries.append(1)
+            raise DamagedObject(source, CorruptionError("damaged"))
+
+        with pytest.raises(DamagedObject):
+            history.retrying(never)
+        assert 2 * len(made.segment_paths()) < len(tries) <= 2 * len(made.segment_paths()) + 1
 
 
 def reshaped(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -145,6 +145,33 @@ def test_another_copy_stands_in_whatever_part_is_read(made: MadeHistory, read_be
                     assert view.read(begin, length) == content[begin : begin + length]
 
 
+def test_of_several_copies_any_whole_one_stands_in(made: MadeHistory) -> None:
+    seq = max(made.times)
+    content = made.disk("vda").states[seq]
+    keys = [made.ship(made.run, 1, NEIGHBOURS + 1), made.ship(made.run, 1, seq)]
+    copies = [made.repository_path / key.key for key in keys]
+    offset = 5 * 4 * K + 7
+    with damaged(made, offset) as which:
+        for lost in copies:
+            whole = lost.read_bytes()
+            lost.chmod(0o600)
+            for content_of_it in (whole[:64] + bytes(len(whole) - 64), None):
+                with made.open() as history:
+                    view = View.open(history, "vda", made.position(seq))
+                    lost.unlink()
+                    if content_of_it is not None:
+                        lost.write_bytes(content_of_it)
+                    assert view.read(offset, 9) == content[offset : offset + 9], (lost, content_of_it is None)
+                lost.write_bytes(whole)
+        with made.open() as history:
+            view = View.open(history, "vda", made.position(seq))
+            for lost in copies:
+                lost.unlink()
+            with pytest.raises(CorruptionError, match=f"record {which} is damaged") as caught:
+                view.read(offset, 9)
+            assert all(key.key in caught.value.hint for key in keys)
+
+
 def test_a_segment_that_is_cut_short_while_it_is_read_ends_nobody(made: MadeHistory) -> None:
     seq = max(made.times)
     content = made.disk("vda").states[seq]

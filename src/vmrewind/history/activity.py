@@ -65,7 +65,7 @@ def events(history: History, branch: Branch) -> Iterator[JournalEvent]:
                     continue
                 try:
                     where = int(row["position"]), int(row["length"]), int(row["xxh3"])
-                    payload = records.payload(piece.source, None, seq, *where)
+                    payload = records.payload(piece.source, None, (seq, seq), *where)
                     content = json.loads(payload)
                 except (CorruptionError, ValueError) as error:
                     content = {"unreadable": str(error)}

@@ -76,6 +76,8 @@ class History:
         self._bases = bases
         self._described_here = described_here
         self._local = local
+        # Of a segment first its merged table may prove damaged, then the segment itself.
+        self._attempts_max = 2 * (len(local) + len(shipped))
         grouped: dict[int, tuple[list[LocalSource], list[ShippedSource], list[BrokenFile]]] = defaultdict(lambda: ([], [], []))
         for source in local:
             grouped[source.run][0].append(source)
@@ -222,11 +224,16 @@ class History:
         return sum(self.records(leg.info.run).losses for leg in branch.legs)
 
     def retrying(self, make: Callable[[], Made]) -> Made:
-        """What ``make`` makes of records, begun anew without whatever proves damaged meanwhile."""
+        """What ``make`` makes of records, begun anew without whatever proves damaged meanwhile. Raises DamagedObject if that
+        does not end."""
+        left = self._attempts_max
         while True:
             try:
                 return make()
             except DamagedObject as error:
+                if not left:
+                    raise
+                left -= 1
                 self.records(error.source.run).leave_out(error)
 
     @functools.cached_property

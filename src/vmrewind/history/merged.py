@@ -124,11 +124,11 @@ class MergedTable:
             self.path.unlink()
 
     def _load(self) -> None:
-        beginning = os.pread(self._fd, _BEGINNING.size, 0)
+        beginning = self._read(_BEGINNING.size, 0)
         if len(beginning) < _BEGINNING.size or beginning[:8] != MAGIC:
             raise CorruptionError(f"{self.path}: not a merged table")
         _, length, checksum = _BEGINNING.unpack(beginning)
-        packed = os.pread(self._fd, min(length, _HEAD_BYTES_MAX), _BEGINNING.size)
+        packed = self._read(min(length, _HEAD_BYTES_MAX), _BEGINNING.size)
         if len(packed) != length or xxhash.xxh3_64_intdigest(packed) != checksum:
             raise CorruptionError(f"{self.path}: the head does not match its checksum")
         head: dict[str, Any] = json.loads(packed)
@@ -155,7 +155,7 @@ class MergedTable:
                 with _shaped(self.path):
                     if member_of(segment, member.batch_at, member.batch) != member:
                         return False
-            except CorruptionError:
+            except (OSError, CorruptionError):
                 return False
         return True
 
@@ -188,12 +188,15 @@ class MergedTable:
 
     def _section(self, number: int) -> bytes:
         at, size, digest = self._sections[number]
-        try:
-            section = os.pread(self._fd, size, at)
-            while 0 < len(section) < size and (more := os.pread(self._fd, size - len(section), at + len(section))):
-                section += more
-        except OSError as error:
-            raise CorruptionError(f"{self.path}: section {number} cannot be read (offset {at}): {error.strerror}") from error
+        section = self._read(size, at)
+        while 0 < len(section) < size and (more := self._read(size - len(section), at + len(section))):
+            section += more
         if len(section) != size or xxhash.xxh3_64_intdigest(section) != digest:
             raise CorruptionError(f"{self.path}: section {number} does not match its checksum (offset {at})")
         return section
+
+    def _read(self, size: int, at: int) -> bytes:
+        try:
+            return os.pread(self._fd, size, at)
+        except OSError as error:
+            raise CorruptionError(f"{self.path} cannot be read (offset {at}): {error.strerror}") from error

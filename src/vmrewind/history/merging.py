@@ -20,7 +20,7 @@ from vmrewind.history.merged import Member, MergedTable, member_of, write_table
 from vmrewind.history.rows import DATA_OPS, RecordTables
 from vmrewind.history.stretches import VOID_DISTANCE_MAX, Stretch, live, merged_directory, merged_stretches, next_stretch
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Segment, segment_files
+from vmrewind.journal.reader import Segment, UnreadableHeader, segment_files
 from vmrewind.journal.runs import private_directory
 from vmrewind.repository.segment import Rows
 
@@ -110,7 +110,9 @@ def _merge(journal: Path, stretch: Stretch) -> None:
                 raise _Unusable(blamed)
             if number > stretch.last and segment.header.first_seq > members[-1].last_seq + VOID_DISTANCE_MAX:
                 break
-            tables = segment.tables()
+            tables, unreadable = segment.readable_tables()
+            if unreadable is not None:
+                raise _Unusable(blamed)
             rows = RecordTables(tables)
             following = _opened(opened, journal, stretch.run, number + 1) if number < newest else None
             if following is not None and rows.last_seq != following.header.first_seq - 1:
@@ -122,7 +124,7 @@ def _merge(journal: Path, stretch: Stretch) -> None:
                     raise _Unusable(number)
                 try:
                     members.append(member_of(segment, tables.positions[-1], tables.number - 1))
-                except CorruptionError as error:
+                except (OSError, CorruptionError) as error:
                     raise _Unusable(number) from error
                 notes.append(found)
                 read.append(rows.rows)
@@ -137,7 +139,7 @@ def _merge(journal: Path, stretch: Stretch) -> None:
 def _opened(stack: contextlib.ExitStack, journal: Path, run: int, number: int) -> Segment | None:
     try:
         return stack.enter_context(Segment(journal / fmt.segment_name(run, number)))
-    except (FileNotFoundError, CorruptionError, RepositoryError):
+    except (FileNotFoundError, UnreadableHeader, CorruptionError, RepositoryError):
         return None
 
 

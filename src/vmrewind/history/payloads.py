@@ -36,11 +36,13 @@ _PAYLOADS_BYTES_MAX: Final = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an indexed row's payload is had from."""
+    """Where an indexed row's payload is had from: the part of a source, as it was then, that has seqs in [first, last]."""
 
     records: RunRecords
     source: Source
     disk: int
+    first: int
+    last: int
 
 
 class Payloads:
@@ -59,7 +61,7 @@ class Payloads:
         """A record's whole payload; raises RepositoryError, CorruptionError."""
         _, xxh3, length, place = self._index.record(owner)
         origin = self._origins[bisect_right(self._source_ends, owner)]
-        return origin.records.payload(origin.source, origin.disk, None, place * ALIGNMENT, length, xxh3)
+        return origin.records.payload(origin.source, origin.disk, (origin.first, origin.last), place * ALIGNMENT, length, xxh3)
 
     def fill(self, buffer: memoryview, at: int, pieces: Sequence[Piece]) -> None:
         """Write what the pieces give into a buffer whose first byte is the disk's byte ``at``. Raises as ``get`` does."""

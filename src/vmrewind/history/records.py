@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from vmrewind.errors import CorruptionError
+from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.history.merged import MergedTable
 from vmrewind.history.rows import Columns, between, last_at, of_disk
 from vmrewind.history.sources import BrokenFile, DamagedObject, LocalSource, ShippedSource, Source
@@ -266,36 +266,54 @@ class RunRecords:
     def _within(self, disk: int, first: int, last: int) -> list[Piece]:
         return [piece for piece in self.pieces(disk) if piece.last >= first and piece.first <= last]
 
-    def payload(self, source: Source, disk: int | None, seq: int | None, position: int, length: int, xxh3: int) -> bytes:
+    def payload(self, source: Source, disk: int | None, seqs: tuple[int, int], position: int, length: int, xxh3: int) -> bytes:
         """A record's verified payload: from ``source`` or, if it is damaged there, from any other that has the record.
 
-        Who does not know its seq gives None; then it is looked up for the error. ``disk`` is None for the whole VM's: any source
-        has those.
+        ``seqs``: the first and the last that it may have, told by whoever knew the source before it was damaged. ``disk`` is None
+        for the whole VM's: any source has those. Raises CorruptionError, RepositoryError.
         """
+        first, last = seqs
         try:
-            return source.payload(seq or 0, position, length, xxh3)
-        except CorruptionError:
-            first, last = (seq, seq) if seq is not None else (source.first, source.last)
+            return source.payload(_which(first, last), position, length, xxh3)
+        except CorruptionError as error:
+            problems: list[str] = []
             for other in self.shipped:
                 has_disk = disk is None or other.mask >> disk & 1
                 if other is source or not (other.first <= last and first <= other.last and has_disk):
                     continue
                 try:
                     rows = other.rows(max(first, other.first), min(last, other.last))
+                    same = (rows["xxh3"] == np.uint64(xxh3)) & (rows["length"] == length) & np.isin(rows["op"], _PAYLOAD_OPS)
+                    for row in rows[same]:
+                        return other.payload(f"record {row['seq']}", int(row["position"]), length, xxh3)
                 except DamagedObject as damaged:
                     self.leave_out(damaged)
-                    continue
-                for row in rows[(rows["xxh3"] == np.uint64(xxh3)) & (rows["length"] == length) & np.isin(rows["op"], _PAYLOAD_OPS)]:
-                    return other.payload(int(row["seq"]), int(row["position"]), length, xxh3)
-            try:
-                rows = source.rows(first, last)
-            except DamagedObject as damaged:
-                # Whoever reads may take it for an error of this place alone, and go on.
-                self.leave_out(damaged)
-                raise
-            for row in rows[(rows["position"] == np.uint64(position)) & (rows["op"] == fmt.Op.WRITE)]:
-                return source.payload(int(row["seq"]), position, length, xxh3)
+                    problems.append(str(damaged))
+                except (CorruptionError, RepositoryError) as problem:
+                    problems.append(str(problem))
+            if problems:
+                error.hint = f"the repository's copy cannot be had either: {'; '.join(problems)}"
+            return self._named(source, first, last, position, length, xxh3, error)
+
+    def _named(self, source: Source, first: int, last: int, position: int, length: int, xxh3: int, error: CorruptionError) -> bytes:
+        """The payload once more, for an error that names its record; else raises ``error``."""
+        try:
+            rows = source.rows(first, min(last, source.last))
+        except DamagedObject as damaged:
+            # Whoever reads may take it for an error of this place alone, and go on.
+            self.leave_out(damaged)
             raise
+        for row in rows[(rows["position"] == np.uint64(position)) & (rows["op"] == fmt.Op.WRITE)]:
+            try:
+                return source.payload(f"record {row['seq']}", position, length, xxh3)
+            except CorruptionError as named:
+                named.hint = error.hint
+                raise
+        raise error
+
+
+def _which(first: int, last: int) -> str:
+    return f"record {first}" if first == last else f"a record between {first} and {last}"
 
 
 def _all_of(table: MergedTable, pieces: Sequence[Piece]) -> bool:

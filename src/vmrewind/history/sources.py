@@ -19,8 +19,7 @@ from vmrewind.history.gathering import mapped
 from vmrewind.history.merged import Member, MergedTable
 from vmrewind.history.rows import Columns, RecordTables, between, notes_of
 from vmrewind.history.stretches import merged_directory, merged_stretches
-from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Record, Segment, SegmentFile, Tables, segment_files
+from vmrewind.journal.reader import Segment, SegmentFile, Tables, UnreadableHeader, segment_files
 from vmrewind.journal.verify import later_batch
 from vmrewind.repository.layout import SegmentName
 from vmrewind.repository.repository import VmRepository
@@ -70,8 +69,8 @@ class Source(Protocol):
     def notes(self, first: int, last: int) -> Rows:
         """Those of them that tell something of others, or of the whole: VOIDs and events. Raises as ``rows`` does."""
 
-    def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
-        """The verified payload of one of its rows; raises CorruptionError naming file or object, seq and offset."""
+    def payload(self, which: str, position: int, length: int, xxh3: int) -> bytes:
+        """The verified payload of one of its rows; raises CorruptionError naming file or object, ``which`` record, and offset."""
 
 
 class LocalSource:
@@ -127,8 +126,8 @@ class LocalSource:
 
     @property
     def damage(self) -> str | None:
-        """What the file itself shows to be wrong behind the valid prefix; only looked for in a run's last segment."""
-        return self._read_once[2] if self._is_last else None
+        """What the file itself shows to be wrong behind the valid prefix; what is not valid only in a run's last segment."""
+        return self._read_once[2] if self.table is None else None
 
     def rows(self, first: int, last: int) -> Rows:
         """Rows of the valid prefix."""
@@ -185,32 +184,44 @@ class LocalSource:
         """The valid prefix, and damage seen at its end.
 
         A run's last segment may be torn, damaged, or growing while we look at it. A valid batch behind an invalid one means damage,
-        unless the invalid one was just being written when we came by.
+        unless the invalid one was just being written when we came by. What storage does not give back is damage in any segment.
         """
-        tables = self.segment.tables()
+        tables, unreadable = self.segment.readable_tables()
         if not self._is_last:
-            return tables, None
-        while (later := later_batch(self.segment, tables.end, tables.number)) is not None:
-            more = self.segment.tables(tables.end, tables.number)
-            if not more.blocks:
-                return tables, f"batch {tables.number} is not valid, though batch {later.number} is at offset {later.position}"
-            tables = Tables(tables.positions + more.positions, tables.blocks + more.blocks, more.end, more.number)
+            return tables, _unreadable(unreadable) if unreadable is not None else None
+        try:
+            while unreadable is None and (later := later_batch(self.segment, tables.end, tables.number)) is not None:
+                more, unreadable = self.segment.readable_tables(tables.end, tables.number)
+                if unreadable is None and not more.blocks:
+                    return tables, f"batch {tables.number} is not valid, though batch {later.number} is at offset {later.position}"
+                tables = Tables(tables.positions + more.positions, tables.blocks + more.blocks, more.end, more.number)
+        except OSError as error:
+            unreadable = error
+        if unreadable is not None:
+            return tables, f"what follows {_unreadable(unreadable)}"
         # The last batch's table may have reached the file without all of its payloads.
+        damage: str | None = None
         while tables.positions:
             at, number = tables.positions[-1], tables.number - 1
-            last = self.segment.batch_at(at, number)
-            if last is not None and self.segment.intact(last):
-                break
+            try:
+                last = self.segment.batch_at(at, number)
+                if last is not None and self.segment.intact(last):
+                    break
+            except OSError as error:
+                damage = f"batch {number} {_unreadable(error)}"
             tables = Tables(tables.positions[:-1], tables.blocks[:-1], at, number)
-        return tables, None
+        return tables, damage
 
-    def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
+    def payload(self, which: str, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""
-        return self.segment.payload(Record(seq, 0, 0, length, 0, fmt.Op.WRITE, 0, xxh3, position))
+        return self.segment.payload_at(position, length, xxh3, which)
 
     def read_into(self, position: int, buffer: memoryview) -> bool:
-        """Fill the buffer from the file, nothing of it verified; False if the file ends before."""
-        return os.preadv(self.segment.fd, (buffer,), position) == len(buffer)
+        """Fill the buffer from the file, nothing of it verified; False if the file ends before, or cannot be read there."""
+        try:
+            return os.preadv(self.segment.fd, (buffer,), position) == len(buffer)
+        except OSError:
+            return False
 
     @functools.cached_property
     def mapped(self) -> memoryview:
@@ -317,14 +328,14 @@ class ShippedSource:
         except CorruptionError as error:
             raise DamagedObject(self, error) from error
 
-    def payload(self, seq: int, position: int, length: int, xxh3: int) -> bytes:
+    def payload(self, which: str, position: int, length: int, xxh3: int) -> bytes:
         """The verified payload of one row."""
         try:
             data = self._object().read_range(position, length)
         except CorruptionError as error:
-            raise CorruptionError(f"{error} (record {seq})", error.hint) from error
+            raise CorruptionError(f"{error} ({which})", error.hint) from error
         if xxhash.xxh3_64_intdigest(data) != xxh3:
-            raise CorruptionError(f"object {self.name}: the payload of record {seq} does not match its checksum")
+            raise CorruptionError(f"object {self.name}: the payload of {which} does not match its checksum")
         return data
 
     def span(self, position: int, length: int) -> bytes:
@@ -349,7 +360,9 @@ def open_journal(journal: Path) -> tuple[list[LocalSource], list[BrokenFile]]:
             except FileNotFoundError:
                 continue
             except CorruptionError as error:
-                broken.append(_broken(file, error))
+                broken.append(_broken(file, str(error)))
+            except UnreadableHeader as error:
+                broken.append(_broken(file, f"{file.path}: the segment header {_unreadable(error)}"))
         _use_tables(journal, sources)
     except BaseException:
         for source in sources:
@@ -378,8 +391,12 @@ def _use_tables(journal: Path, sources: Sequence[LocalSource]) -> None:
             members[member.number].use(table, member)
 
 
-def _broken(file: SegmentFile, error: CorruptionError) -> BrokenFile:
-    return BrokenFile(file.path, file.run, file.number, str(error))
+def _broken(file: SegmentFile, message: str) -> BrokenFile:
+    return BrokenFile(file.path, file.run, file.number, message)
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read: {error.strerror}"
 
 
 def _allow_descriptors(count: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Final
 
 from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Segment, SegmentFile, segment_files
+from vmrewind.journal.reader import Segment, SegmentFile, UnreadableHeader, segment_files
 
 VOID_DISTANCE_MAX: Final = 2 * fmt.RECORDS_MAX
 """How far behind a record its VOID can be: capture writes the VOIDs of a batch as the next batch."""
@@ -122,7 +122,7 @@ def _complete(run: int, row: Sequence[SegmentFile], begin: int, end: int, ended:
             if is_full or (ended and after == len(row) - 1 and after - begin >= SEGMENTS_MIN):
                 reaches = ended or known >= follows + VOID_DISTANCE_MAX
                 return Stretch(run, row[begin].number, row[after - 1].number) if reaches else None
-    except (FileNotFoundError, CorruptionError, RepositoryError):
+    except (FileNotFoundError, UnreadableHeader, CorruptionError, RepositoryError):
         pass
     return None
 

@@ -268,7 +268,7 @@ def _layers(legs: Sequence[tuple[RunRecords, int, int, int]]) -> tuple[list[Laye
         notes = list(records.notes(disk, first, last + VOID_DISTANCE_MAX))
         voided = np.concatenate([np.empty(0, np.uint64), *(rows["offset"][rows["op"] == fmt.Op.VOID] for rows in notes)])
         for table, pieces in records.stretches(disk, first, last):
-            origins += [Origin(records, piece.source, disk) for piece in pieces]
+            origins += [Origin(records, piece.source, disk, piece.first, piece.last) for piece in pieces]
             if table is not None:
                 layers.put(_merged(table, pieces, disk))
                 continue

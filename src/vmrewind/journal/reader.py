@@ -136,10 +136,14 @@ def unpack_segment_header(data: bytes, path: Path | str) -> SegmentHeader:
     return SegmentHeader(*fields[3:10])
 
 
+class UnreadableHeader(OSError):
+    """A segment file is there and opens, and its storage does not give the header back."""
+
+
 class Segment:
     """An open segment file, with a shared lock that keeps the pool from recycling it while it is read.
 
-    Raises FileNotFoundError if the segment is gone, or was recycled between the listing and the opening.
+    Raises FileNotFoundError if the segment is gone, or was recycled between the listing and the opening, and UnreadableHeader.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -147,7 +151,7 @@ class Segment:
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_SH)
-            self.header = unpack_segment_header(os.pread(self.fd, fmt.SEGMENT_HEADER_SIZE, 0), self.path)
+            self.header = unpack_segment_header(self._head(), self.path)
             named = fmt.parse_segment_name(self.path.name)
             if named is not None and named != (self.header.run, self.header.number):
                 raise FileNotFoundError(f"{self.path}: recycled while it was being opened")
@@ -169,6 +173,19 @@ class Segment:
             os.close(self.fd)
             self.fd = -1
 
+    def _read(self, length: int, position: int) -> bytes:
+        """What there is, less only at the file's end: a single call also gives less in front of what it could not read."""
+        data = os.pread(self.fd, length, position)
+        while data and len(data) < length and (more := os.pread(self.fd, length - len(data), position + len(data))):
+            data += more
+        return data
+
+    def _head(self) -> bytes:
+        try:
+            return os.pread(self.fd, fmt.SEGMENT_HEADER_SIZE, 0)
+        except OSError as error:
+            raise UnreadableHeader(error.errno, error.strerror, str(self.path)) from error
+
     def batch_at(self, position: int, number: int) -> Batch | None:
         """The batch at ``position`` if it is valid and carries batch number ``number``; payloads are not looked at."""
         for block, end in self._blocks(position, number):
@@ -184,14 +201,14 @@ class Segment:
         while True:
             # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
             block = pread(fd, _HEAD_GUESS, position)
-            if len(block) < head_size:
+            if len(block) < head_size and len(block := self._read(head_size, position)) < head_size:
                 return
             its_magic, checksum, its_run, found, _, _, count, _, payload = _unpack_head(block)
             if found != number or its_run != run or its_magic != magic or not 0 < count <= fmt.RECORDS_MAX:
                 return
             length = head_size + count * record_size
             if length != len(block):
-                block = block[:length] if length < len(block) else pread(fd, length, position)
+                block = block[:length] if length < len(block) else self._read(length, position)
             if _xxh3(block[checked_from:]) != checksum:
                 return
             position += length + payload
@@ -202,14 +219,25 @@ class Segment:
 
     def tables(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Tables:
         """What ``batches`` gives, as it lies in the file: a third of what it takes to make an object of each."""
+        tables, error = self.readable_tables(position, number)
+        if error is not None:
+            raise error
+        return tables
+
+    def readable_tables(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> tuple[Tables, OSError | None]:
+        """``tables``, as far as they can be read, and what kept from reading on, None if they ended by themselves."""
         number = self.header.first_batch if number is None else number
         positions: list[int] = []
         blocks: list[bytes] = []
-        for block, end in self._blocks(position, number):
-            positions.append(position)
-            blocks.append(block)
-            position = end
-        return Tables(positions, blocks, position, number + len(blocks))
+        unreadable: OSError | None = None
+        try:
+            for block, end in self._blocks(position, number):
+                positions.append(position)
+                blocks.append(block)
+                position = end
+        except OSError as error:
+            unreadable = error
+        return Tables(positions, blocks, position, number + len(blocks)), unreadable
 
     def batches(self, position: int = fmt.SEGMENT_HEADER_SIZE, number: int | None = None) -> Iterator[Batch]:
         """Batches from ``position`` on (default: all), until the next is not valid."""
@@ -220,16 +248,23 @@ class Segment:
 
     def payload(self, record: Record) -> bytes:
         """A record's payload, verified; raises CorruptionError naming file and offset."""
-        data = os.pread(self.fd, record.length, record.position)
-        if len(data) != record.length or xxhash.xxh3_64_intdigest(data) != record.xxh3:
+        return self.payload_at(record.position, record.length, record.xxh3, f"record {record.seq}")
+
+    def payload_at(self, position: int, length: int, xxh3: int, which: str) -> bytes:
+        """The same of the record that ``which`` names for the error."""
+        try:
+            data = self._read(length, position)
+        except OSError as error:
             raise CorruptionError(
-                f"{self.path}: the payload of record {record.seq} is damaged (offset {record.position}, {record.length} bytes)"
-            )
+                f"{self.path}: the payload of {which} cannot be read (offset {position}, {length} bytes): {error.strerror}"
+            ) from error
+        if len(data) != length or xxhash.xxh3_64_intdigest(data) != xxh3:
+            raise CorruptionError(f"{self.path}: the payload of {which} is damaged (offset {position}, {length} bytes)")
         return data
 
     def intact(self, batch: Batch) -> bool:
-        """Whether every payload of the batch matches its checksum."""
-        data = os.pread(self.fd, batch.payload_length, batch.payload_position)
+        """Whether every payload of the batch matches its checksum. Raises OSError for what storage does not give back."""
+        data = self._read(batch.payload_length, batch.payload_position)
         if len(data) != batch.payload_length:
             return False
         view = memoryview(data)

@@ -132,7 +132,7 @@ class _Rolling:
                 payload = self._stretch.records.payload(
                     self._stretch.known[int(self._stretch.sources[number])],
                     self._stretch.disk.index,
-                    int(row["seq"]),
+                    (int(row["seq"]), int(row["seq"])),
                     int(row["position"]),
                     int(row["length"]),
                     int(row["xxh3"]),
