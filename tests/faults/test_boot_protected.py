@@ -68,7 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Source, Pat
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="vmr-") as runtime:
         patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
         patch.setenv("VMREWIND_RUNTIME_DIR", runtime)
-        yield _make(directory), directory / "state"
+        yield make_source(Alone(directory)), directory / "state"
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def source(made: tuple[Source, Path]) -> Source:
     return made[0]
 
 
-def _make(directory: Path) -> Source:
-    alone = Alone(directory)
+def make_source(alone: Alone) -> Source:
+    """Its disk written to, before and after the moment ``@here``."""
     # A machine that finds nothing to boot: who writes is the test.
     qemu = '[qemu]\ncommand = ["qemu-system-x86_64", "-machine", "pc,accel=tcg", "-nodefaults"]\n[protection]'
     alone.config.write_text(alone.config.read_text().replace("[protection]", qemu))
@@ -184,6 +184,13 @@ def booted(source: Source, tmp_path: Path, name: str) -> Iterator[Copy]:
         process.kill()
         process.communicate()
         _end_what_is_left(name)
+
+
+def killed_all(copy: Copy) -> None:
+    """SIGKILL, for the command and for what it has started."""
+    copy.process.kill()
+    copy.process.wait()
+    _end_what_is_left(copy.name)
 
 
 def _end_what_is_left(name: str) -> None:

@@ -92,3 +92,45 @@ def test_without_a_failure_the_end_is_a_checkpoint(tmp_path: Path) -> None:
     assert (state.applied, state.checkpoint) == (1, 1)
     image.close()
     state.close()
+
+
+class _Asking:
+    def __init__(self) -> None:
+        self.answers: list[int] = []
+
+    def flushed(self, _cookie: int, error: int) -> None:
+        self.answers.append(error)
+
+
+def test_images_that_lack_something_do_not_stand_in_for_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush whose journal sync failed waits for them: the next sync would only seem to be better."""
+    state, writer, image, events = parts(tmp_path)
+    posted: list[Callable[[], None]] = []
+    durability = Durability(tmp_path / "journal", writer, state, [image], events, 8, posted.append)
+    state.set_applied(1)
+    image.lost = 0
+    lacking = True
+    durability.images_lack = lambda: lacking
+
+    def failing(fd: int) -> None:
+        monkeypatch.undo()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", failing)
+    asking = _Asking()
+    durability.flush(asking, 0)
+    for _ in range(3):
+        until(lambda: posted, "the flush")
+        posted.pop()()
+        assert asking.answers == []
+        durability.sync_if_dirty()
+    until(lambda: posted, "the flush")
+    lacking = False
+    posted.pop()()
+    durability.sync_if_dirty()
+    until(lambda: posted, "the flush")
+    posted.pop()()
+    assert asking.answers == [0] and state.checkpoint == 1
+    durability.leave()
+    image.close()
+    state.close()

@@ -26,7 +26,7 @@ from vmrewind.capture.image import Image
 from vmrewind.capture.policy import POLICIES, FullPolicy
 from vmrewind.capture.recovery import End, find_end, recovery_point, replay, seal, segments_after
 from vmrewind.capture.server import Server, print_event
-from vmrewind.capture.since import last_activity_ns, was_used
+from vmrewind.capture.since import used_since
 from vmrewind.errors import ConfigError, CorruptionError, ImageError, VmrewindError, VmStateError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.clock import Clock
@@ -145,8 +145,8 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any], loc
     if end is not None:
         if not state.bypassed:
             # Before anything is replayed, which changes what tells it.
-            active_ns = last_activity_ns(journal, end.segment, end.last_time_ns)
-            used = {image.index for image in images if was_used(image, active_ns, host_died=False)}
+            found = used_since(images, journal, end.segment, end.last_time_ns, host_died=False)
+            used = {image.index for image in found}
         for image in images:
             if image.index in used and image.base is not None:
                 image.base.fail("the image was used by others while capture was away")

@@ -94,6 +94,8 @@ class Bypass:
             return False
         if self.on:
             return True
+        if server.policy.completes_images():
+            return False
         if server.policy.waits_for_checkpoint() and server.held_seconds < _CHECKPOINT_WAIT_SECONDS:
             return False
         if any(refused.seqs for refused in server.refused):

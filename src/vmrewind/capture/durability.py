@@ -6,7 +6,7 @@ next one. The images are synced by checkpoints, each behind a sync of the journa
 While the journal is bypassed (bypass.py), and for a flush whose journal sync failed, the images are synced instead or as well. What
 is said then of the journal's replay matters: after the host's death an old journal must not be put over what was promised. So such
 a flush is answered only when the checkpoint is on stable storage too, in ``capture.state`` or on each image itself (level.py). If
-neither can be had, it waits: the guest is neither told an untruth nor an error.
+neither can be had, it waits: the guest is neither told an untruth nor an error. So it does while the images are not complete.
 
 An image that can't be synced has lost writes, and asking again would only seem to succeed: the kernel forgets what it could not
 write. The journal has those writes, so capture ends, and the one that takes its place replays them.
@@ -118,6 +118,10 @@ class Durability:
         """What an image's sync failed with: the kernel tells it once, to whichever thread asks."""
         self._failed_image = 0
         self._journal_fails = False
+        self._journal_lost = False
+        """The journal could not be synced, nor the images be asked in its place since; it would only seem to be, now."""
+        self.images_lack: Callable[[], bool] = lambda: False
+        """Whether the images lack what only history has, so that they cannot stand in for the journal."""
         self._waits = False
         self._level = threading.Lock()
         self._level_durable = -1
@@ -169,7 +173,8 @@ class Durability:
 
         def sync() -> int:
             # While it is bypassed, nothing waits for a journal that may take long to fail.
-            if (journaled or not images_too) and self._sync_journal(finished, current, rolled) and not images_too:
+            synced = (journaled or not images_too) and self._sync_journal(finished, current, rolled)
+            if synced and not images_too and not self._journal_lost:
                 return 0
             return self._sync_images_instead(batch)
 
@@ -177,7 +182,18 @@ class Durability:
 
     def _sync_images_instead(self, batch: int) -> int:
         """Have the images hold what a flush promises, everything up to ``batch`` and whatever is not journaled."""
-        return self._sync_images() or self._say_level(batch)
+        if self.images_lack():
+            self._journal_lost = True
+            self._say_that_it_waits("the images are not complete, and cannot stand in for the journal, which failed")
+            return _NOT_YET
+        if not (error := self._sync_images() or self._say_level(batch)):
+            self._journal_lost = False
+        return error
+
+    def _say_that_it_waits(self, error: str) -> None:
+        if not self._waits:
+            self._waits = True
+            self._events.write("flush.waits", error=error, journal=str(self._journal))
 
     def _sync_journal(self, finished: list[int], current: int, rolled: bool) -> bool:
         try:
@@ -214,9 +230,7 @@ class Durability:
                     for image in self._images:
                         note_level(image.fd, self._writer.run, batch)
                 except OSError as error:
-                    if not self._waits:
-                        self._waits = True
-                        self._events.write("flush.waits", error=str(error), journal=str(self._journal))
+                    self._say_that_it_waits(str(error))
                     return _NOT_YET
                 self._level_durable, self._level_on_images = batch, True
             self._waits = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Final
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import segment_name
+from vmrewind.journal.origin import FILLING
 from vmrewind.journal.pool import Recycling
 from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader
 from vmrewind.journal.state import StatePage
@@ -24,6 +27,8 @@ class FullPolicy:
     """``drop-history``: the oldest history goes, first what is shipped. ``block`` and ``bypass``: only what ship has carried away;
     else the guest waits, or writes on without history. ``local_history_seconds``: what is shipped goes when it is that old.
 
+    While images are completed of which the journal is a part (``filling.json``), each of them is a ``block`` that drops nothing.
+
     Either way a segment whose writes are not yet on the images' stable storage stays: it is their write-ahead log.
     """
 
@@ -36,6 +41,15 @@ class FullPolicy:
         self._carried: dict[int, int] = {}
         self._read_at = 0.0
         self._waits_for_checkpoint = False
+        self._completing = (journal / FILLING).exists()
+
+    def completes_images(self) -> bool:
+        """Whether images lack what only their history has, so that it must stay whole. Asked where the journal is full only."""
+        if self._completing:
+            # A journal that cannot be read tells nothing: it goes on.
+            with contextlib.suppress(OSError):
+                self._completing = _is_there(self._journal / FILLING)
+        return self._completing
 
     def waits_for_checkpoint(self) -> bool:
         """Whether a segment would have been recycled but for a checkpoint, since this was last asked."""
@@ -59,6 +73,8 @@ class FullPolicy:
         carried = self._is_carried(segment, successor)
         if carried and self._reaches(self._shipped, segment, successor):
             return Recycling.FREE
+        if self.completes_images():
+            return Recycling.NO
         # Of a disk that ship is not told to carry, the journal alone has the history; but nobody waits for what will not come.
         return Recycling.DROPS if carried or self.name == "drop-history" else Recycling.NO
 
@@ -92,3 +108,11 @@ class FullPolicy:
     def _reaches(word: dict[int, int], segment: SegmentFile, successor: SegmentHeader | None) -> bool:
         last_seq = successor.first_seq - 1 if successor is not None else RUN_DONE
         return word.get(segment.run, -1) >= last_seq
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True

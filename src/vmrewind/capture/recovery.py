@@ -16,7 +16,7 @@ from typing import Final
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.level import noted_level
-from vmrewind.capture.since import forget, last_activity_ns, leave_mark, remember, remembered, was_used
+from vmrewind.capture.since import forget, leave_mark, remember, remembered, used_since
 from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.copy_before_write import CopyBeforeWrite
@@ -296,9 +296,8 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
 
 def _changed(journal: Path, run: int, end: End, images: Mapping[int, Image], *, host_died: bool) -> frozenset[str]:
     """The disks that must not be replayed onto. Noted durably first, as all that follows changes what tells them."""
-    active_ns = last_activity_ns(journal, end.segment, end.last_time_ns)
-    found = {image.target for image in images.values() if was_used(image, active_ns, host_died=host_died)}
-    changed = remembered(journal, run) | found
+    found = used_since(images.values(), journal, end.segment, end.last_time_ns, host_died=host_died)
+    changed = remembered(journal, run) | {image.target for image in found}
     if changed:
         remember(journal, run, changed)
     return changed

@@ -113,6 +113,7 @@ class Server:
         self._ticks = 0
         self.durability = Durability(journal, writer, state, images, events, pool.segments_max, self.post)
         self.durability.on_lost = self.note_doubts
+        self.durability.images_lack = policy.completes_images
         self.bypass = Bypass(self, dirty)
         pool.make_room = self.give_up_bases
 

@@ -3,6 +3,9 @@
 Then its journal must not be replayed onto it: what that somebody wrote is newer. A capture's every image write comes right after
 the journal's, or is a replay, which leaves a mark of its own; so an image that was modified later than journal and mark were, was
 modified by somebody else. Block devices have no modification time, so of them it can't be told.
+
+An image that is being completed (``filling.json``) is modified at any time, with nothing but what history has, and nobody starts
+on it. Who completes it leaves a mark behind its last write, before it counts as complete.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any, Final
 from vmrewind.capture.image import Image
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import run_name
+from vmrewind.journal.origin import filling
 from vmrewind.journal.runs import sync_directory, write_durably
 
 _RECOVERING: Final = "recovering.json"
@@ -31,7 +35,10 @@ Two intervals of checkpoints: should the guest have been silent for as long, its
 
 
 def leave_mark(journal: Path) -> None:
-    """Say, durably, that a replay writes images now; to be repeated at least once a second while it does."""
+    """Say, durably, that images are written now, by a replay or by who completes them.
+
+    To be repeated at least once a second while a replay does.
+    """
     fd = os.open(journal / "capture.state", os.O_RDWR | os.O_CLOEXEC)
     try:
         os.utime(fd)
@@ -44,6 +51,14 @@ def last_activity_ns(journal: Path, segment: Path, last_time_ns: int) -> int:
     """When capture, or a replay, last wrote, ns since the epoch; ``segment`` and ``last_time_ns``: where and when the run ends."""
     marks = (os.stat(path).st_mtime_ns for path in (journal / "capture.state", segment))
     return max(last_time_ns, *marks)
+
+
+def used_since(images: Iterable[Image], journal: Path, segment: Path, last_time_ns: int, *, host_died: bool) -> list[Image]:
+    """The images that somebody else has modified since capture's last activity; see ``last_activity_ns``."""
+    # Looked at first: what completes an image leaves its mark before this goes.
+    incomplete = filling(journal)
+    active_ns = last_activity_ns(journal, segment, last_time_ns)
+    return [image for image in images if image.target not in incomplete and was_used(image, active_ns, host_died=host_died)]
 
 
 def was_used(image: Image, active_ns: int, *, host_died: bool) -> bool:

@@ -46,6 +46,18 @@ class NbdClient:
         """What was answered before is on stable storage when this returns; raises as ``write`` does."""
         self._request(nbd.CMD_FLUSH, 0, 0)
 
+    def greet(self) -> None:
+        """Return once the server, as it is now, has answered: it need not be able to change anything. Raises Closed."""
+        with self._turn:
+            while not self._closing.is_set():
+                self._hang_up()
+                try:
+                    self._connect()
+                    return
+                except OSError:
+                    self._closing.wait(_RETRY_SECONDS)
+            raise Closed("the client was closed")
+
     def close(self) -> None:
         """Hang up; a request that waits raises Closed."""
         self._closing.set()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from vmrewind.capture.since import leave_mark
 from vmrewind.errors import UsageError, VmrewindError
 from vmrewind.history.view import View
 from vmrewind.journal.origin import FILLING, Origin, filled, note_filling
@@ -91,9 +92,10 @@ class Completing:
         try:
             for filling in self._fillings.values():
                 # Capture notes what an image is when it ends. It has not ended: what it notes is the complete one.
-                filling.flush()
+                filling.greet_capture()
         except Closed:
             return
+        leave_mark(self._paths.default_journal)
         filled(self._paths.default_journal)
         self.complete = True
 

@@ -1,8 +1,8 @@
 """An image that comes to hold a moment while a VM that began from that moment runs on it.
 
 What the VM writes goes to capture, which journals it and writes it to the image; what the image does not have yet is read from the
-moment, and copied piece by piece into the image, past the journal, which knows the moment by its base. Both are done by this
-process alone and one at a time, so a piece that the VM has written to is never copied over.
+moment, and copied piece by piece into the image, past the journal, which knows the moment by its base. This process alone copies,
+and where capture is sent it has copied before, so nothing that the VM has written is ever copied over.
 
 Before capture is sent to a place, the image has all of the moment around it: there are faults in which capture journals a place as
 the image holds it (a write that the image refuses, a bypass of the journal), by its granules, and that must not be what was not
@@ -48,6 +48,7 @@ class Filling(Overlay):
         # Flushes take long, and the next write need not wait for them.
         self._writer = NbdClient(socket, target)
         self._flusher = NbdClient(socket, target)
+        self._greeter = NbdClient(socket, target)
         try:
             fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -65,34 +66,25 @@ class Filling(Overlay):
 
     def write(self, offset: int, data: memoryview) -> None:
         """Through capture: it is in the journal and the image when this returns."""
-        low, high = self._granules(offset, offset + len(data))
-        with self._changing:
-            self._keep(self._lacked(low, high))
-            self._writer.write(offset, data)
+        self._surround(offset, len(data))
+        self._writer.write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
-        """As ``write``. What is made zeroes whole need not be copied before, were it the whole disk."""
+        """As ``write``."""
         end = offset + length
-        low, high = self._granules(offset, end)
-        first, last = min(self._granules(offset, offset)[1], high), max(self._granules(end, end)[0], low)
-        edges = [(low, first), (last, high)] if first <= last else [(low, high)]
-        with self._changing:
-            for start, stop in edges:
-                self._keep(self._lacked(start, stop))
-            while offset < end:
-                # The borders between are granules' too.
-                stop = min(offset // _ZEROES_MAX * _ZEROES_MAX + _ZEROES_MAX, end)
-                try:
-                    self._writer.zero(offset, stop - offset)
-                finally:
-                    # Refused or not: journal and image agree on what is there now.
-                    with self._lock:
-                        self._held.add(max(offset, first), min(stop, last))
-                offset = stop
+        while offset < end:
+            stop = min(offset // _ZEROES_MAX * _ZEROES_MAX + _ZEROES_MAX, end)
+            self._surround(offset, stop - offset)
+            self._writer.zero(offset, stop - offset)
+            offset = stop
 
     def flush(self) -> None:
         """By capture."""
         self._flusher.flush()
+
+    def greet_capture(self) -> None:
+        """Return once capture, as it is now, has answered, full as its journal may be. Raises Closed."""
+        self._greeter.greet()
 
     def fill(self, stop: threading.Event, progress: Callable[[int, int], None]) -> None:
         """Copy what the image lacks, then sync it; returns early on ``stop``. May be called again after it failed.
@@ -109,10 +101,17 @@ class Filling(Overlay):
         except OSError as error:
             raise self._refused(error) from error
 
-    def _granules(self, start: int, end: int) -> tuple[int, int]:
-        """The range, made wider to whole granules of capture's."""
+    def _surround(self, offset: int, length: int) -> None:
+        """Have the moment in the range and around it, by whole granules of capture's, so that no copy comes there any more.
+
+        Capture may keep a request waiting until the image is complete, so the copy must not have to wait for the request.
+        """
         size = granule_of(self.size)
-        return start // size * size, min(-(-end // size) * size, self.size)
+        end = min(-(-(offset + length) // size) * size, self.size)
+        for at in range(offset // size * size, end, _PIECE):
+            lacked = self._lacked(at, min(at + _PIECE, end))
+            with self._changing:
+                self._keep(lacked)
 
     def _copy(self, start: int, end: int) -> None:
         lacked = self._lacked(start, end)  # Read before: the VM need not wait for that.
@@ -171,6 +170,7 @@ class Filling(Overlay):
         self._abandoned.set()
         self._writer.close()
         self._flusher.close()
+        self._greeter.close()
 
     def close(self) -> None:
         """Nothing is read or changed any more."""

@@ -181,7 +181,8 @@ def _recover(journal: Path, targets: Sequence[str]) -> None:
     """Finish a run that a crash cut short: disks that are not restored keep every write that was promised to their guest."""
     try:
         recovered = recover(journal)
-        if recovered is not None and (cause := _unprotected_since(journal, recovered)) is not None:
+        # Nobody but who completes them uses images that are not complete.
+        if recovered is not None and not filling(journal) and (cause := _unprotected_since(journal, recovered)) is not None:
             # Noted where it lasts: recovering again would find the images as it left them itself.
             write_durably(journal / "head.json", Head(recovered.position, {}, cause).to_json())
     except VmrewindError:

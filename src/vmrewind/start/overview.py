@@ -105,7 +105,8 @@ def overview(handle: VmHandle) -> dict[str, Any]:
                 f"the journal {handle.journal} was deleted: stop the VM and start it again, its history needs a new base"
             )
         if result.get("capture", {}).get("journal_full"):
-            problems.append("the journal is full and the guest's writes are held until it has room")
+            lacking = ", or its images are complete: until then nothing is dropped" if (handle.journal / FILLING).exists() else ""
+            problems.append(f"the journal is full and the guest's writes are held until it has room{lacking}")
     elif head is not None:
         since = datetime.fromtimestamp(head.position.time_ns / 1e9).astimezone().isoformat(timespec="seconds")
         for target, cause in unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else (), handle.journal).items():
