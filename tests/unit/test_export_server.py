@@ -17,6 +17,7 @@ from tests.capture_tools import Client
 from tests.fault_tools import no_descriptors_left
 from vmrewind.history.view import Extent
 from vmrewind.nbd import protocol as nbd
+from vmrewind.recover.answers import Answers
 from vmrewind.recover.export_server import ExportServer
 
 MIB = 1 << 20
@@ -52,6 +53,17 @@ class Quick:
 
     def extents(self, offset: int, length: int) -> Iterator[Extent]:
         yield Extent(offset, length, zero=False)
+
+
+class Waiting(Quick):
+    """A disk whose reads behind the first 64 KiB wait until they are let go on."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        assert offset < 65536 or self.go_on.wait(60)
+        super().read_into(offset, buffer)
 
 
 class Counting(socket.socket):
@@ -107,6 +119,39 @@ def test_reads_that_come_together_are_answered_whatever_comes_behind(structured:
                 client.sock.sendall(b"".join(requests) + more)
                 for n, length in enumerate(lengths):
                     assert client.reply(length) == (n, 0, bytes([n]) * length), f"{n} before {what}"
+
+
+@pytest.mark.parametrize("quick", [1, 5])
+def test_an_answer_does_not_wait_for_the_slow_read_behind_it(quick: int) -> None:
+    disk = Waiting()
+    offsets = [n * 4096 for n in range(quick)]
+    with served(disk) as path, Client(path) as client:
+        try:
+            client.sock.sendall(b"".join(client.request(nbd.CMD_READ, at, 4096, cookie=at) for at in (*offsets, 65536)))
+            client.sock.settimeout(30)
+            for at in offsets:
+                assert client.reply(4096) == (at, 0, bytes([at // 4096]) * 4096)
+        finally:
+            disk.go_on.set()
+        assert client.reply(4096) == (65536, 0, b"\x10" * 4096)
+
+
+def test_only_reads_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bytes] = []
+    hold = Answers.hold
+
+    def noting(answers: Answers, answer: bytes) -> None:
+        held.append(answer)
+        hold(answers, answer)
+
+    monkeypatch.setattr(Answers, "hold", noting)
+    commands = (nbd.CMD_READ, nbd.CMD_FLUSH, nbd.CMD_READ)
+    with served(Quick()) as path, Client(path, structured=False) as client:
+        lengths = [4096 if command == nbd.CMD_READ else 0 for command in commands]
+        requests = zip(commands, lengths, strict=True)
+        client.sock.sendall(b"".join(client.request(command, 0, length, cookie=7) for command, length in requests))
+        assert [client.reply(length)[1] for length in lengths] == [0, 0, 0]
+    assert held == []
 
 
 def test_clients_that_come_while_descriptors_are_used_up_wait_and_cost_nothing() -> None:

@@ -4,8 +4,8 @@ Unlike capture's it may wait: a read can mean a request to an object store. So w
 beside one another, and answered as they are done, which the protocol allows. A client's threads take turns at receiving: who has
 received a request carries it out while the next one receives. As long as requests take no time, who is at it stays at it: threads
 that only compute keep one another waiting (measured as bench/export.py does: 0.95 to 1.65 times the rate of four at once). Then
-short answers of reads that came together go together too: each of its own costs a wake-up at either end. A client that does not
-take its replies holds up nobody but itself.
+short answers of reads that came together go together too (``answers``). A client that does not take its replies holds up nobody
+but itself.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vmrewind.errors import VmrewindError
 from vmrewind.history.view import View
 from vmrewind.nbd import protocol as nbd
 from vmrewind.nbd.negotiation import CONTEXT_ID, ExportInfo, Handshake, ProtocolError
+from vmrewind.recover.answers import Answers, Sender
 from vmrewind.recover.scratch import Overlay
 
 _REQUEST_LENGTH_MAX: Final = 32 << 20
@@ -35,9 +36,8 @@ _HANDSHAKE_SECONDS: Final = 10.0
 _EXTENTS_MAX: Final = 4096
 _RECEIVED_MAX: Final = 4096
 """So much is received at once where a request begins: the heads of all that a client has in flight, or few of a write's bytes."""
-_HELD_MAX: Final = 64 << 10
 _HELD_ANSWER_MAX: Final = 16 << 10
-"""Bytes: answers that are no longer go together up to some _HELD_MAX, those of reads that came together."""
+"""Bytes: answers that are no longer go together."""
 _READ_HEAD: Final = nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.CMD_READ, 0, 0, 0)[:8]
 _NOTHING: Final = memoryview(b"")
 _POLL_SECONDS: Final = 0.5
@@ -59,11 +59,13 @@ class ExportServer:
         self._stopping = threading.Event()
         self._complain = complain
         self._acceptor = threading.Thread(target=self._accept, name="export-accept", daemon=True)
+        self._sender = Sender()
         self._told: set[str] = set()
 
     def start(self) -> None:
         """Accept clients from now on."""
         self._listener.settimeout(_POLL_SECONDS)
+        self._sender.start()
         self._acceptor.start()
 
     def stop(self) -> None:
@@ -80,6 +82,7 @@ class ExportServer:
             _shut(sock)
         for thread in clients.values():
             thread.join()
+        self._sender.stop()
 
     def _accept(self) -> None:
         while not self._stopping.is_set():
@@ -110,7 +113,11 @@ class ExportServer:
                 sock.sendall(handshake.feed(received))
             if handshake.chosen is not None:
                 sock.settimeout(None)
-                _Client(sock, self._disks[handshake.chosen.name], handshake, self._tell).serve()
+                answers = self._sender.add(sock)
+                try:
+                    _Client(sock, answers, self._disks[handshake.chosen.name], handshake, self._tell).serve()
+                finally:
+                    self._sender.remove(answers)
         except (OSError, ProtocolError):
             pass  # It has gone, or speaks something else.
         finally:
@@ -161,11 +168,13 @@ class _Client:
     def __init__(
         self,
         sock: socket.socket,
+        answers: Answers,
         disk: View | Overlay,
         handshake: Handshake,
         complain: Callable[[str], None],
     ) -> None:
         self._sock = sock
+        self._answers = answers
         self._disk = disk
         self._structured = handshake.structured
         self._block_status = handshake.block_status
@@ -174,8 +183,6 @@ class _Client:
         self._over = False
         self._side_by_side = 0
         self._receiving = threading.Lock()
-        self._sending = threading.Lock()
-        self._held = bytearray()
 
     def serve(self) -> None:
         """Carry out what the client asks until it goes; everything it asked for is answered before this returns."""
@@ -245,7 +252,7 @@ class _Client:
     def _carry_out(self, request: _Request, *, more: bool) -> None:
         """``more``: a read is here already that is carried out next, so that its answer may take this one along."""
         begun = time.monotonic()
-        answer: bytes | bytearray | memoryview
+        answer: bytes | bytearray
         try:
             try:
                 answer = self._answer(request)
@@ -258,16 +265,11 @@ class _Client:
             except Exception as error:  # noqa: BLE001 - a defect must be told, and must not leave the client waiting
                 self._complain(repr(error))
                 answer = self._failed(request, nbd.EIO)
-            with self._sending:
-                if more and len(answer) <= _HELD_ANSWER_MAX and time.monotonic() - begun <= _SLOW_SECONDS:
-                    self._held += answer
-                    if len(self._held) < _HELD_MAX:
-                        return
-                    answer = _NOTHING
-                if self._held:
-                    self._held += answer
-                    answer, self._held = self._held, bytearray()
-                self._sock.sendall(answer)
+            quick = time.monotonic() - begun <= _SLOW_SECONDS
+            if more and quick and request.command == nbd.CMD_READ and len(answer) <= _HELD_ANSWER_MAX:
+                self._answers.hold(answer)
+            else:
+                self._answers.send(answer)
         except OSError:
             _shut(self._sock)  # The client has gone; its receiving end finds out.
         if time.monotonic() - begun > _SLOW_SECONDS:
