@@ -66,3 +66,15 @@ def test_few_records_that_own_nothing_may_stay_and_many_do_not() -> None:
     few, many = np.append(apart, apart[:5]), np.append(apart, apart)
     assert len(layer_of([records(few)]).records) == len(few)
     assert len(layer_of([records(many)]).records) == RECORDS
+
+
+def test_what_begins_where_four_bytes_just_tell_it_and_ends_behind_is_there_up_to_its_end() -> None:
+    unit = 512
+    begin = ((1 << 32) - 3) * unit
+    made = records(np.array([0, begin]))
+    layer = layer_of([made])
+    assert layer.shift and layer.starts.itemsize == 4
+    assert layer.covers(np.array([begin - 1, begin, begin + 3 * unit, begin + 4095, begin + 4096])).tolist() == [
+        False, True, True, True, False,
+    ]  # fmt: skip
+    assert layer.clipped(begin + 3 * unit, begin + 4 * unit)[0].tolist() == [begin + 3 * unit]

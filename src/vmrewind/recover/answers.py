@@ -15,7 +15,7 @@ from typing import Final
 
 _HELD_MAX: Final = 64 << 10
 """Bytes."""
-_HELD_SECONDS: Final = 0.002
+_HELD_SECONDS: Final = 0.004
 
 
 class Answers:
