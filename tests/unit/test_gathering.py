@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import pytest
+
 from tests.fault_tools import no_descriptors_left
+from vmrewind.history import gathering
 from vmrewind.history.gathering import PAD_SIZE, PARTS_MAX, gather, mapped
 
 PAGE = 4096
@@ -68,3 +71,22 @@ def test_a_thread_that_has_no_descriptors_left_gathers_nothing_and_later_does(tm
             assert pool.submit(gather, [file]).result(30) == (b"", False), "a mapping takes one of its own"
             os.close(os.open(tmp_path, os.O_RDONLY))
         assert pool.submit(lambda: bytes(gather([file])[0])).result(30) == content
+
+
+@pytest.mark.parametrize("often", [True, False])
+def test_what_was_gathered_long_ago_does_not_count_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, often: bool) -> None:
+    monkeypatch.setattr(gathering, "_FAULTS", 1)
+    monkeypatch.setattr(gathering, "_LET_GO_SECONDS", 0 if often else 3600)
+    monkeypatch.setattr(gathering, "_maps", gathering._Maps())
+    monkeypatch.setattr(gathering, "_FILE_BYTES_MAX", (before := _file_memory_bytes()) + (8 << 20))
+    content = os.urandom(32 << 20)
+    files = [_mapped(tmp_path / name, content) for name in ("one", "other")]
+    for at in range(0, len(content), PAD_SIZE):
+        for file in files:
+            assert gather([file[at : at + PAD_SIZE]])[0] == content[at : at + PAD_SIZE]
+    assert (_file_memory_bytes() - before < 24 << 20) == often
+
+
+def _file_memory_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) << 10
