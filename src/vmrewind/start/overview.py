@@ -131,7 +131,7 @@ def overview(handle: VmHandle) -> dict[str, Any]:
 
 def _incomplete(handle: VmHandle) -> str:
     try:
-        return ": ".join(incomplete(handle.name, handle.journal))
+        return "its images are not complete: " + "; ".join(incomplete(handle.name, handle.journal))
     except (OSError, CorruptionError) as error:
         return f"its images are not complete: {error}"
 
