@@ -211,6 +211,7 @@ def test_merged_tables_are_had_of_what_can_be_read(made: MadeHistory, monkeypatc
         with bad_sector(path, offset), made.open() as history:
             if path in tables:
                 right(View.open(history, "vda", last), made, (0, SIZE))
+            merge(made.journal)
         merge(made.journal)
     torn, _ = bad_places(made, 0)["table"]
     made.ship(made.run, 1, last.seq)

@@ -123,6 +123,42 @@ def test_a_damaged_table_is_done_without_and_made_anew(made: MadeHistory, monkey
         assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("what", ["another format", "a damaged head", "of other segments"])
+def test_the_keeper_is_told_of_a_table_that_cannot_be_used(made: MadeHistory, what: str) -> None:
+    """It looks at names alone: whoever opens a history removes it."""
+    assert stretches.next_stretch(made.journal) is None
+    first, second = tables(made)
+    whole = first.read_bytes()
+    if what == "another format":
+        first.write_bytes(b"VMRWMRG1" + whole[8:])
+    elif what == "a damaged head":
+        flip(first, 40)
+    else:
+        first.write_bytes(second.read_bytes())
+    check(made)
+    assert tables(made) == [second]
+    assert (stretch := stretches.next_stretch(made.journal)) is not None and (stretch.first, stretch.last) == (1, 2)
+    merge(made.journal)
+    assert first.read_bytes() == whole
+    with made.open() as history:
+        assert all(source.table is not None for source in history.records(made.run).local[:4])
+
+
+def test_a_table_that_cannot_be_opened_now_stays(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refused(path: Any, *rest: Any, **more: Any) -> int:
+        if str(path).endswith(".table"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return opened(path, *rest, **more)
+
+    before = tables(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        check(made)
+    assert tables(made) == before
+
+
 def test_a_table_of_a_segment_that_was_cut_and_written_on_is_not_used(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a recovery leaves it: the last batch of a segment never reached the disk, and another one took its place.
     path = made.segment_paths()[3]
@@ -146,12 +182,13 @@ def test_a_table_of_a_segment_that_was_cut_and_written_on_is_not_used(made: Made
     states[last.first_seq] = bytes(content)
     for seq in range(last.first_seq + 1, max(made.times) + 1):
         del made.times[seq]
+    first, second = tables(made)
+    stale = second.read_bytes()
     with counted(monkeypatch) as used:
         check(made)
-    assert tables(made)[1] not in used and tables(made)[0] in used
-    stale = tables(made)[1].read_bytes()
+    assert second not in used and first in used
     assert len(merge(made.journal)) == 1
-    assert tables(made)[1].read_bytes() != stale
+    assert second.read_bytes() != stale
     check(made)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.fault_tools import no_descriptors_left, open_descriptors
 from tests.history_tools import MadeHistory
-from vmrewind.errors import CorruptionError
+from vmrewind.errors import CorruptionError, RepositoryError
 from vmrewind.history.gathering import gather
 from vmrewind.history.sources import _DESCRIPTORS_SPARE
 from vmrewind.history.view import View
@@ -145,7 +145,7 @@ def test_another_copy_stands_in_whatever_part_is_read(made: MadeHistory, read_be
                     assert view.read(begin, length) == content[begin : begin + length]
 
 
-def test_of_several_copies_any_whole_one_stands_in(made: MadeHistory) -> None:
+def test_of_several_copies_any_whole_one_stands_in(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
     seq = max(made.times)
     content = made.disk("vda").states[seq]
     keys = [made.ship(made.run, 1, NEIGHBOURS + 1), made.ship(made.run, 1, seq)]
@@ -155,14 +155,26 @@ def test_of_several_copies_any_whole_one_stands_in(made: MadeHistory) -> None:
         for lost in copies:
             whole = lost.read_bytes()
             lost.chmod(0o600)
-            for content_of_it in (whole[:64] + bytes(len(whole) - 64), None):
+            flipped = bytearray(whole)
+            flipped[len(whole) // 2] ^= 1
+            for instead in (flipped, whole[:64] + bytes(len(whole) - 64), None):
                 with made.open() as history:
                     view = View.open(history, "vda", made.position(seq))
                     lost.unlink()
-                    if content_of_it is not None:
-                        lost.write_bytes(content_of_it)
-                    assert view.read(offset, 9) == content[offset : offset + 9], (lost, content_of_it is None)
+                    if instead is not None:
+                        lost.write_bytes(instead)
+                    assert view.read(offset, 9) == content[offset : offset + 9]
                 lost.write_bytes(whole)
+        for number in range(len(copies)):
+            with made.open() as history:
+                view = View.open(history, "vda", made.position(seq))
+                away = history.records(made.run).shipped[number]
+
+                def unreachable(*_: object) -> bytes:
+                    raise RepositoryError("the store does not answer")
+
+                monkeypatch.setattr(away, "_reader", unreachable)
+                assert view.read(offset, 9) == content[offset : offset + 9]
         with made.open() as history:
             view = View.open(history, "vda", made.position(seq))
             for lost in copies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import resource
@@ -372,7 +373,10 @@ def open_journal(journal: Path) -> tuple[list[LocalSource], list[BrokenFile]]:
 
 
 def _use_tables(journal: Path, sources: Sequence[LocalSource]) -> None:
-    """Give the segments the merged tables that were made of them; a table that cannot be read, or is of others, is done without."""
+    """Give the segments the merged tables that were made of them; a table that is damaged, or of others, is removed.
+
+    Whether one is to be made is told by names alone, so it would never be made anew.
+    """
     by_run: dict[int, dict[int, LocalSource]] = defaultdict(dict)
     for source in sources:
         by_run[source.run][source.number] = source
@@ -380,11 +384,18 @@ def _use_tables(journal: Path, sources: Sequence[LocalSource]) -> None:
         members = by_run[stretch.run]
         if not all(number in members for number in stretch.numbers):
             continue
+        path = merged_directory(journal) / stretch.name
         try:
-            table = MergedTable(merged_directory(journal) / stretch.name, stretch)
-        except (OSError, CorruptionError):
+            table = MergedTable(path, stretch)
+        except OSError:
+            continue
+        except CorruptionError:
+            # Where we may not, whoever keeps the VM may.
+            with contextlib.suppress(OSError):
+                path.unlink()
             continue
         if not table.fits({number: members[number].segment for number in stretch.numbers}):
+            table.discard()
             table.close()
             continue
         for member in table.members:
