@@ -13,6 +13,7 @@ import pytest
 
 from tests.bad_sectors import bad_sector
 from tests.history_tools import MadeHistory
+from vmrewind.capture.recovery import find_end
 from vmrewind.errors import CorruptionError, MomentError
 from vmrewind.history import merging, stretches
 from vmrewind.history.merging import merge
@@ -177,6 +178,16 @@ def test_in_the_last_payload_it_is_no_torn_tail(made: MadeHistory) -> None:
     made.ship(made.run, 1, last.seq)
     with bad_sector(path, last.position + 8 * K), made.open() as history:
         right(View.open(history, "vda", resolve(history, history.branch(), "latest", ["vda"])), made, (0, SIZE))
+
+
+def test_a_recovery_does_not_take_it_for_the_end(made: MadeHistory) -> None:
+    path = made.segment_paths()[2]
+    first, *_, last = of(path)[-1]
+    whole = find_end(made.journal, made.run, 0)
+    for offset in (last.position, first.position):
+        with bad_sector(path, offset), pytest.raises(CorruptionError, match="cannot be read"):
+            find_end(made.journal, made.run, 0)
+    assert whole is not None and find_end(made.journal, made.run, 0) == whole
 
 
 def test_too_many_open_files_are_no_damage(made: MadeHistory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,17 @@ def find_end(journal: Path, run: int, verify_after: int) -> End | None:
     well: nothing in it was ever promised. Damage up to batch ``verify_after`` is passed over if the batch behind that is there;
     otherwise the end is before ``verify_after``.
     """
+    try:
+        return _find_end(journal, run, verify_after)
+    except OSError as error:
+        # What cannot be read is not the end: behind it may be what was promised.
+        raise CorruptionError(
+            f"{error.filename or journal}: cannot be read: {error.strerror or error}",
+            "repair the storage that holds the journal; nothing was changed",
+        ) from error
+
+
+def _find_end(journal: Path, run: int, verify_after: int) -> End | None:
     files = segment_files(journal, run)
     first = 0
     for i, file in enumerate(files):

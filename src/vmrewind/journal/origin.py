@@ -81,7 +81,10 @@ def filling(journal: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
+        raise CorruptionError(
+            f"{journal / FILLING}: cannot be read: {error!r}",
+            "remove it, and restore all disks in place before anything starts on them: the images hold no moment",
+        ) from error
 
 
 def filling_by(journal: Path) -> object:
@@ -91,7 +94,10 @@ def filling_by(journal: Path) -> object:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, AttributeError) as error:
-        raise CorruptionError(f"{journal / FILLING}: cannot be read: {error!r}", "restore all disks in place") from error
+        raise CorruptionError(
+            f"{journal / FILLING}: cannot be read: {error!r}",
+            "remove it, and restore all disks in place before anything starts on them: the images hold no moment",
+        ) from error
 
 
 def filled(journal: Path) -> None:
