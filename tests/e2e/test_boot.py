@@ -372,11 +372,12 @@ def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path:
             log.wait_for("kept: ", 60, lambda: process.poll() is None)
             sources = host.virsh("domblklist", "copy").stdout
             assert str(kept / "vda.raw") in sources and str(kept / "vdb.raw") in sources
-            refused(2, "a domain called copy already", "--name", "copy")
+            refused(2, "copy is being booted already", "--name", "copy")
             number = int(says("copy", "^ACK [1-9]").split()[1])
             process.send_signal(signal.SIGINT)
             assert process.wait(90) == 0, log.text()
         assert host.virsh("domstate", "copy").stdout.strip() == "shut off"
+        refused(2, "a domain called copy already", "--name", "copy")
         assert sorted(path.name for path in kept.iterdir()) == ["copy.xml", "vda.raw", "vdb.raw"]
         assert replay_and_check_ext4(kept / "vda.raw") == ""
         there = subprocess.run(
