@@ -73,8 +73,10 @@ def _made(directory: Path, kind: str | None, size: int) -> tuple[Path, Path]:
     )
     if kind is None:
         fio(["--ioengine=psync", f"--filename={image}"], size, size, "1m", "write")
-    with served("capture", config) as uri:
-        if kind is not None:
+    # Of the disk before its load; one that is made while it is served might not be there when the load has ended.
+    vmrewind("backup", config)
+    if kind is not None:
+        with served("capture", config) as uri:
             fio(["--ioengine=nbd", f"--uri={uri}"], size, size, kind, "write" if kind == "64k" else "randwrite")
     return config, image
 

@@ -91,6 +91,8 @@ def measure(directory: Path, size: int, filled: int, written: int, rounds: int, 
     )
     fio(["--ioengine=psync", f"--filename={image}"], size, filled, "1m")
     _copy(image, before)
+    # One that is made while the disk is served might not be there when the load has ended.
+    vmrewind("backup", config)
     with served("capture", config) as uri:
         then = datetime.now(UTC).isoformat()
         fio(["--ioengine=nbd", f"--uri={uri}"], size, written, "4k")
