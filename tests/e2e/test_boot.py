@@ -315,7 +315,8 @@ def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path:
             return host.virsh("list", "--all", "--name").stdout.split()
 
         def wait_until_gone(name: str) -> None:
-            deadline = time.monotonic() + 30
+            # libvirt gives a QEMU whose disk does not answer half a minute and more.
+            deadline = time.monotonic() + 120
             while name in names():
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
