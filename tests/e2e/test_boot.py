@@ -112,6 +112,16 @@ def protected(directory: Path, *, qcow2: bool) -> ProtectedVm:
     return vm
 
 
+def live_once(vm: ProtectedVm) -> None:
+    """A life that ends, with ``@before`` before its file is deleted."""
+    vm.start()
+    vm.wait_for("^ACK 2$")
+    with vm.paused():
+        vmrewind("mark", vm.config, "before")
+    vm.wait_for("^GONE$")
+    vm.quit()
+
+
 def test_a_deleted_file_is_there_beside_the_vm_that_deleted_it(tmp_path: Path) -> None:
     with protected(tmp_path, qcow2=False) as vm:
         vm.start()
@@ -156,12 +166,7 @@ def test_a_deleted_file_is_there_beside_the_vm_that_deleted_it(tmp_path: Path) -
 
 def test_what_is_kept_is_a_vm_of_its_own(tmp_path: Path) -> None:
     with protected(tmp_path, qcow2=True) as vm:
-        vm.start()
-        vm.wait_for("^ACK 2$")
-        with vm.paused():
-            vmrewind("mark", vm.config, "before")
-        vm.wait_for("^GONE$")
-        vm.quit()
+        live_once(vm)
     kept = tmp_path / "kept"
     with boot(tmp_path / "scratch", vm.config, "--at", "@before", "--keep", kept, "--name", "copy") as booted:
         booted.wait_for("^THERE first life")
@@ -183,12 +188,7 @@ def test_what_is_kept_is_a_vm_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("qcow2", [False, True])
 def test_what_is_protected_has_every_write_from_its_first_one_on(tmp_path: Path, qcow2: bool) -> None:
     with protected(tmp_path, qcow2=qcow2) as vm:
-        vm.start()
-        vm.wait_for("^ACK 2$")
-        with vm.paused():
-            vmrewind("mark", vm.config, "before")
-        vm.wait_for("^GONE$")
-        vm.quit()
+        live_once(vm)
     untouched = digest_of_journal(vm.journal)
     kept = tmp_path / "kept"
     with boot(tmp_path / "scratch", vm.config, "--at", "@before", "--keep", kept, "--protect", "--name", "copy") as booted:

@@ -28,12 +28,14 @@ _MIB = 1 << 20
 _HELD = """
 import os, time
 from vmrewind.recover.filling import Filling
-fill = Filling._copy
-def held(self, start, end):
-    while start >= {half} and os.path.exists({hold!r}):
-        time.sleep(0.01)
-    fill(self, start, end)
-Filling._copy = held
+fill = Filling.fill
+def held(self, stop, progress):
+    def told(done, total):
+        progress(done, total)
+        while done >= {half} and os.path.exists({hold!r}):
+            time.sleep(0.01)
+    fill(self, stop, told)
+Filling.fill = held
 """
 """Images are completed up to the middle, and no further while the file ``hold`` is there."""
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -35,17 +35,21 @@ from vmrewind.start.control import instruct
 from vmrewind.start.listening import listen
 from vmrewind.start.resolve import open_vm
 
+T = TypeVar("T")
+
 _SLOW = """
 import os, sys, time
 if "boot" in sys.argv[1:2] or any(word.endswith("vmrewind") for word in sys.argv[:1]):
     from vmrewind.recover.filling import Filling
-    fill = Filling._copy
-    def slow(self, start, end):
-        time.sleep(0.01)
-        while start >= {half} and os.path.exists({hold!r}):
+    fill = Filling.fill
+    def slow(self, stop, progress):
+        def told(done, total):
+            progress(done, total)
             time.sleep(0.01)
-        fill(self, start, end)
-    Filling._copy = slow
+            while done >= {half} and os.path.exists({hold!r}):
+                time.sleep(0.01)
+        fill(self, stop, told)
+    Filling.fill = slow
 """
 
 
@@ -61,27 +65,44 @@ class Source:
         return {path.name: path.read_bytes() for path in self.alone.journal.glob("*.seg")}
 
 
+@contextlib.contextmanager
+def apart(directory: Path) -> Iterator[Path]:
+    """Local state of its own, which is there for several tests; each copies it to where its own is."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="vmr-") as runtime:
+        patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
+        patch.setenv("VMREWIND_RUNTIME_DIR", runtime)
+        yield directory / "state"
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Source, Path]]:
     """A VM that has stopped, and its local state."""
     directory = tmp_path_factory.mktemp("source")
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="vmr-") as runtime:
-        patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
-        patch.setenv("VMREWIND_RUNTIME_DIR", runtime)
-        yield make_source(Alone(directory)), directory / "state"
+    with apart(directory) as state:
+        yield make_source(Alone(directory)), state
 
 
 @pytest.fixture
 def source(made: tuple[Source, Path]) -> Source:
-    shutil.copytree(made[1], os.environ["VMREWIND_STATE_DIR"], dirs_exist_ok=True)
-    return made[0]
+    return copied(*made)
+
+
+def copied(made: T, state: Path) -> T:
+    """What was made apart, with its local state where this test's is."""
+    shutil.copytree(state, os.environ["VMREWIND_STATE_DIR"], dirs_exist_ok=True)
+    return made
+
+
+def bootable(alone: Alone) -> Alone:
+    """It has a machine that finds nothing to boot: who writes is the test."""
+    qemu = '[qemu]\ncommand = ["qemu-system-x86_64", "-machine", "pc,accel=tcg", "-nodefaults"]\n[protection]'
+    alone.config.write_text(alone.config.read_text().replace("[protection]", qemu))
+    return alone
 
 
 def make_source(alone: Alone) -> Source:
     """Its disk written to, before and after the moment ``@here``."""
-    # A machine that finds nothing to boot: who writes is the test.
-    qemu = '[qemu]\ncommand = ["qemu-system-x86_64", "-machine", "pc,accel=tcg", "-nodefaults"]\n[protection]'
-    alone.config.write_text(alone.config.read_text().replace("[protection]", qemu))
+    bootable(alone)
     with open(alone.image, "r+b") as file:
         for at in range(0, SIZE, 8 * MIB):
             file.seek(at)

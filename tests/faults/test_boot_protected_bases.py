@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +18,7 @@ from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import first_difference, until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
 from tests.faults import test_boot_protected
-from tests.faults.test_boot_protected import Copy, Source, Writer, booted
+from tests.faults.test_boot_protected import Copy, Source, Writer, apart, bootable, booted, copied
 from vmrewind.capture.dirty import is_bypassed
 from vmrewind.errors import MomentError, VmrewindError, VmStateError
 from vmrewind.history.resolve import resolve
@@ -52,12 +50,8 @@ class Original(Source):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Original, Path]]:
     """It has stopped; and its local state."""
     directory = tmp_path_factory.mktemp("original")
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="vmr-") as runtime:
-        patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
-        patch.setenv("VMREWIND_RUNTIME_DIR", runtime)
-        alone = Alone(directory, ship="on-demand")
-        qemu = '[qemu]\ncommand = ["qemu-system-x86_64", "-machine", "pc,accel=tcg", "-nodefaults"]\n[protection]'
-        alone.config.write_text(alone.config.read_text().replace("[protection]", qemu))
+    with apart(directory) as state:
+        alone = bootable(Alone(directory, ship="on-demand"))
         with open(alone.image, "r+b") as file:
             file.write(os.urandom(3 * MIB))
             file.seek(SIZE - 9 * MIB)
@@ -66,13 +60,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Original, P
             until(lambda: any(VmPaths("alone").bases.glob("*/*.json")), "the base")
             alone.write(ready, 1, 5 * MIB)
             vmrewind("mark", alone.config, "here")
-        yield Original(alone, alone.restored("@here")), directory / "state"
+        yield Original(alone, alone.restored("@here")), state
 
 
 @pytest.fixture
 def original(made: tuple[Original, Path]) -> Original:
-    shutil.copytree(made[1], os.environ["VMREWIND_STATE_DIR"], dirs_exist_ok=True)
-    return made[0]
+    return copied(*made)
 
 
 @contextlib.contextmanager

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ import pytest
 from guests.protected import vmrewind
 from tests.capture_tools import Client, first_difference, until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
-from tests.faults.test_boot_protected import Copy, Source, Writer, booted, killed_all, make_source
+from tests.faults.test_boot_protected import Copy, Source, Writer, apart, booted, copied, killed_all, make_source
 from vmrewind.errors import VmrewindError
 from vmrewind.nbd import protocol as nbd
 from vmrewind.start.control import instruct
@@ -41,16 +39,13 @@ if sys.argv[1:2] in (["restore"], ["rewind"]):
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Source, Path]]:
     """As in test_boot_protected, of a VM whose history is shipped by ``backup`` only: nothing makes room in a copy's journal."""
     directory = tmp_path_factory.mktemp("source")
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="vmr-") as runtime:
-        patch.setenv("VMREWIND_STATE_DIR", str(directory / "state"))
-        patch.setenv("VMREWIND_RUNTIME_DIR", runtime)
-        yield make_source(Alone(directory, ship="on-demand")), directory / "state"
+    with apart(directory) as state:
+        yield make_source(Alone(directory, ship="on-demand")), state
 
 
 @pytest.fixture
 def source(made: tuple[Source, Path]) -> Source:
-    shutil.copytree(made[1], os.environ["VMREWIND_STATE_DIR"], dirs_exist_ok=True)
-    return made[0]
+    return copied(*made)
 
 
 def _events(copy: Copy) -> list[str]:

@@ -5,8 +5,8 @@ moment, and copied piece by piece into the image, past the journal, which knows 
 and where capture is sent it has copied before, so nothing that the VM has written is ever copied over.
 
 Before capture is sent to a place, the image has all of the moment around it: there are faults in which capture journals a place as
-the image holds it (a write that the image refuses, a bypass of the journal), by its granules, and that must not be what was not
-copied yet.
+the image holds it (a write that the image refuses; by granules, what bypassed the journal, which does not begin while images are
+incomplete), and that must not be what was not copied yet.
 """
 
 from __future__ import annotations
@@ -109,12 +109,10 @@ class Filling(Overlay):
         size = granule_of(self.size)
         end = min(-(-(offset + length) // size) * size, self.size)
         for at in range(offset // size * size, end, _PIECE):
-            lacked = self._lacked(at, min(at + _PIECE, end))
-            with self._changing:
-                self._keep(lacked)
+            self._copy(at, min(at + _PIECE, end))
 
     def _copy(self, start: int, end: int) -> None:
-        lacked = self._lacked(start, end)  # Read before: the VM need not wait for that.
+        lacked = self._lacked(start, end)  # Read before: nobody need wait for that.
         with self._changing:
             self._keep(lacked)
 
