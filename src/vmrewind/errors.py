@@ -20,6 +20,11 @@ class VmrewindError(Exception):
         super().__init__(message)
         self.hint = hint
 
+    @property
+    def in_full(self) -> str:
+        """The error and its remedy in one line."""
+        return f"{self} ({self.hint})" if self.hint else str(self)
+
 
 class UsageError(VmrewindError):
     """The command line asks for something that does not make sense."""

@@ -32,6 +32,7 @@ from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.recover.keep import Keeping, KeptVm
 from vmrewind.recover.scratch import scratch_in
+from vmrewind.repository.url import anywhere
 from vmrewind.start.libvirt import DEFAULT_URI
 from vmrewind.start.places import make_places
 from vmrewind.start.qemu import RECONNECT_SECONDS
@@ -136,8 +137,8 @@ def boot(
             reconnect_seconds, machine = 0, None
             if protecting is not None:
 
-                def hand_over() -> None:
-                    serving.hand_over(protecting.successor)
+                def hand_over(successor: Path) -> None:
+                    serving.hand_over(successor)
                     # What is not read any more is not to be held on to for as long as the VM runs.
                     serving_until.close()
                     history.close()
@@ -158,14 +159,13 @@ def boot(
 
 
 def _repository(history: History) -> str:
-    url = history.reachable_repository("what --keep names").repository.url
-    return url if "://" in url else str(Path(url).absolute())
+    return anywhere(history.reachable_repository("what --keep names").repository.url)
 
 
 def _lasting(argument: str, found: VmHandle | StoredVm) -> str:
     """The VM as a command in another directory can take it, and after its TOML file has gone if it can."""
     if isinstance(found, StoredVm):
-        return f"{found.url}/{found.name}" if "://" in found.url else f"{Path(found.url).absolute()}/{found.name}"
+        return f"{anywhere(found.url)}/{found.name}"
     return found.name if found.paths.config.exists() else str(Path(argument).absolute())
 
 
@@ -204,8 +204,10 @@ def _places(paths: VmPaths, owner: tuple[int, int] | None) -> Iterator[None]:
         # It is a VM's only once something is in it.
         with contextlib.suppress(OSError):
             paths.state.rmdir()
-        yield
-        with contextlib.suppress(OSError):
-            paths.runtime.rmdir()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                paths.runtime.rmdir()
     finally:
         os.close(fd)

@@ -21,6 +21,7 @@ from vmrewind.journal.format import run_name
 from vmrewind.paths import VmPaths
 from vmrewind.recover.relocation import Relocation, journal_here
 from vmrewind.recover.takeover import TakenOver, take_over
+from vmrewind.repository.url import anywhere
 from vmrewind.start.hook_script import install, reload_daemons
 from vmrewind.start.libvirt import DEFAULT_URI, Libvirt
 from vmrewind.start.places import make_places
@@ -54,11 +55,10 @@ def takeover(
     where = (images or _asked(json=json)).absolute()
     make_places(paths)
     journal = journal_here(repository, paths)
-    url = stored.url if "://" in stored.url else str(Path(stored.url).absolute())
     with contextlib.ExitStack() as opened:
         libvirt = opened.enter_context(Libvirt(connect)) if define else None
         relocation = Relocation(
-            url,
+            anywhere(stored.url),
             repository.uuid() or "",
             paths,
             journal,

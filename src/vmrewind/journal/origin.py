@@ -76,24 +76,21 @@ def note_filling(journal: Path, targets: Sequence[str], by: Mapping[str, int | s
 
 def filling(journal: Path) -> list[str]:
     """The disks whose images are not complete. Raises CorruptionError."""
-    try:
-        return [str(target) for target in json.loads((journal / FILLING).read_bytes())["disks"]]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptionError(
-            f"{journal / FILLING}: cannot be read: {error!r}",
-            "remove it, and restore all disks in place before anything starts on them: the images hold no moment",
-        ) from error
+    return _filling(journal)[0]
 
 
 def filling_by(journal: Path) -> object:
     """What ``note_filling`` noted of the process, None if there is no such note. Raises CorruptionError."""
+    return _filling(journal)[1]
+
+
+def _filling(journal: Path) -> tuple[list[str], object]:
     try:
-        return json.loads((journal / FILLING).read_bytes()).get("by")
+        plain = json.loads((journal / FILLING).read_bytes())
+        return [str(target) for target in plain["disks"]], plain.get("by")
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, AttributeError) as error:
+        return [], None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(
             f"{journal / FILLING}: cannot be read: {error!r}",
             "remove it, and restore all disks in place before anything starts on them: the images hold no moment",

@@ -77,11 +77,9 @@ class NbdClient:
                     magic, error, cookie = nbd.SIMPLE_REPLY.unpack(_receive(sock, nbd.SIMPLE_REPLY.size))
                     if magic != nbd.SIMPLE_REPLY_MAGIC or cookie != self._cookie:
                         raise ConnectionError("an answer to something else")
+                    if error == nbd.ESHUTDOWN:
+                        raise ConnectionError("the server ends")
                 except OSError:
-                    self._hang_up()
-                    self._closing.wait(_RETRY_SECONDS)
-                    continue
-                if error == nbd.ESHUTDOWN:
                     self._hang_up()
                     self._closing.wait(_RETRY_SECONDS)
                     continue

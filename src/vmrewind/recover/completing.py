@@ -118,7 +118,7 @@ class Completing:
                 return
             except VmrewindError as error:
                 # The guest runs on the moment all the same.
-                words = f"{error} ({error.hint})" if error.hint else str(error)
+                words = error.in_full
                 if words != told:
                     told = words
                     self._say(f"{target}: cannot be copied now, and is tried again: {words}")

@@ -257,7 +257,7 @@ class _Client:
             try:
                 answer = self._answer(request)
             except VmrewindError as error:
-                self._complain(f"{error} ({error.hint})" if error.hint else str(error))
+                self._complain(error.in_full)
                 answer = self._failed(request, nbd.EIO)
             except OSError as error:
                 self._complain(f"{error.strerror or error}")

@@ -56,8 +56,8 @@ class Protecting:
         self._say = say
         self._repository = vm.repository
         self._completing = Completing(self._paths, self.images, progress, say)
-        self.hand_over: Callable[[], None] = lambda: None
-        """Leads QEMU to capture."""
+        self.hand_over: Callable[[Path], None] = lambda _: None
+        """Leads QEMU to who listens at a socket."""
         self._keeper: Keeper | None = None
         self._ran = False
         self._stop = asyncio.Event()
@@ -73,13 +73,8 @@ class Protecting:
 
     @property
     def socket(self) -> Path:
-        """Where QEMU connects to: this process first, then capture, which is at ``successor`` until then."""
+        """Where QEMU connects to: this process first, then capture."""
         return self._paths.nbd_socket
-
-    @property
-    def successor(self) -> Path:
-        """See ``socket``."""
-        return self._paths.filling_socket
 
     def filling(self, target: str, view: View) -> Filling:
         """A disk that QEMU is to run on. Raises ImageError, SpaceError."""
@@ -100,7 +95,7 @@ class Protecting:
         sync_directory(self._directory)
         given = self.config.protection
         storage = Storage(self.config.name, self._paths.default_journal, given.journal_size, given.local_history)
-        keeper = Keeper(storage, "direct", nbd_socket=self.successor)
+        keeper = Keeper(storage, "direct", nbd_socket=self._paths.filling_socket)
         await keeper.bring_up(lambda: self.config, self._say)
         self._keeper = keeper
 
@@ -145,7 +140,7 @@ class Protecting:
             if not self._completing.complete:
                 return
             # It may start on them by now.
-            await asyncio.to_thread(self.hand_over)
+            await asyncio.to_thread(self.hand_over, self._paths.filling_socket)
             self._say(f"kept: {self._path}; {self.config.name} runs on its own images from here on")
         except Exception as error:  # noqa: BLE001 - see above
             self._say(f"{self.config.name}: {error!r}: its disks stay behind this command until it ends")

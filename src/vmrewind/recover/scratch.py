@@ -34,12 +34,6 @@ class Overlay(ABC):
         """Bytes."""
         return self._view.size
 
-    @property
-    def changed_bytes(self) -> int:
-        """How much of the disk differs, or may, from the view."""
-        with self._lock:
-            return self._held.total
-
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``: from the file what it holds, the rest from the view."""
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
@@ -22,6 +23,11 @@ def redacted(url: str) -> str:
     if "://" not in url:
         return url
     return _QUERY.sub("?…", _USER.sub("…@", url))
+
+
+def anywhere(url: str) -> str:
+    """The URL as it is to be written down: a path means the same in every directory."""
+    return url if "://" in url else str(Path(url).absolute())
 
 
 def place_of(url: str) -> str:

@@ -219,9 +219,11 @@ class _Maker:
         except (VmrewindError, OSError) as error:
             sys.stderr.write(f"base: {self._given.vm}: {error}\n")
             if (unmade := begun_base(self._journal, target)) is not None:
-                code, hint = (error.exit_code, error.hint) if isinstance(error, VmrewindError) else (ImageError.exit_code, "")
+                code, hint, words = ImageError.exit_code, "", str(error)
+                if isinstance(error, VmrewindError):
+                    code, hint, words = error.exit_code, error.hint, error.in_full
                 self._events.write("base.interrupted", disk=target, error=str(error), hint=hint)
-                interrupted.note(self._paths, target, unmade[0], f"{error} ({hint})" if hint else str(error))
+                interrupted.note(self._paths, target, unmade[0], words)
                 return code
             if (origin := Origin.read(self._journal, target)) is not None and origin.lost:
                 self._events.write("base.given-up", disk=target, base=origin.base, reason=origin.lost)

@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> int:
         handle(vm, operation, sub_operation, xml)
     except VmrewindError as error:
         # libvirt shows a failed hook's stderr to whoever started the domain
-        sys.stderr.write(f"vmrewind: {error}" + (f" ({error.hint})" if error.hint else "") + "\n")
+        sys.stderr.write(f"vmrewind: {error.in_full}\n")
         return 0 if operation == "reconnect" else error.exit_code
     return 0
 

@@ -116,7 +116,7 @@ class Keeper:
         await clear_leftovers(self.paths)
         self.events.write("start.begin", vm=self.storage.name, run=self.run_name, mode=self.mode)
         try:
-            return await self._bring_up(load, say, lambda planner: planner.plan(self.run, backup), progress)
+            return await self._bring_up(load, say, progress, backup)
         except BaseException as error:
             self.events.write("start.failed", error=str(error) or type(error).__name__)
             await self.stop()
@@ -134,11 +134,7 @@ class Keeper:
                         remove(self.storage.journal, target)
 
     async def _bring_up(
-        self,
-        load: Callable[[], VmConfig],
-        say: Callable[[str], None],
-        plan_run: Callable[[Planner], Plan],
-        progress: Progress | None,
+        self, load: Callable[[], VmConfig], say: Callable[[str], None], progress: Progress | None, backup: Sequence[str]
     ) -> VmConfig:
         listeners = (self._listen(self.nbd_socket, self._owner), self._listen(self.paths.control_socket))
         storage = self.storage
@@ -153,7 +149,7 @@ class Keeper:
 
         def make_plan() -> Plan:
             planner = Planner.of(config, self.paths, storage.journal, self.events, say, progress, alone=self.mode == "alone")
-            return plan_run(planner)
+            return planner.plan(self.run, backup)
 
         plan = await asyncio.to_thread(make_plan)
         self._rename(plan.info.run)

@@ -23,7 +23,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.start.hook import stop_keeper
 from vmrewind.start.hook_script import Installed
 from vmrewind.start.libvirt import Domain, Libvirt, qemu_owner
-from vmrewind.start.live_checks import check_history, check_space, rehearse, storage_of, words_of, write_rate
+from vmrewind.start.live_checks import check_history, check_space, rehearse, storage_of, write_rate
 from vmrewind.start.places import make_places
 from vmrewind.start.processes import running
 from vmrewind.start.signals import uninterrupted
@@ -234,7 +234,7 @@ class _Switch:
             return type(error)(f"{error}; {self._name} could not be brought back: {second}", second.hint)
         if self._saved_ns and self._may_have_gone_on():
             return type(error)(
-                f"{error}; and what {self._name} does now cannot be seen: {words_of(second)}. It may have gone on, protected, "
+                f"{error}; and what {self._name} does now cannot be seen: {second.in_full}. It may have gone on, protected, "
                 "after the save: its saved memory does not fit its disks any more, and must not be resumed",
                 f"virsh managedsave-remove {self._name}; unless it runs (virsh domstate {self._name}), virsh start {self._name}",
             )
@@ -245,7 +245,7 @@ class _Switch:
                 write_durably(kept, self._saved)
                 resume = f"virsh managedsave-define {self._name} {kept} && {resume}"
         return type(error)(
-            f"{error}; and {self._name} could not be brought back: {words_of(second)}. Nothing is lost: "
+            f"{error}; and {self._name} could not be brought back: {second.in_full}. Nothing is lost: "
             "if it does not run, its memory is saved, and its disks are as they were then",
             f"unless it runs (virsh domstate {self._name}): {resume}",
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.image import device_size
-from vmrewind.errors import ConfigError, ImageError, LibvirtError, SpaceError, StartError, VmrewindError, VmStateError
+from vmrewind.errors import ConfigError, ImageError, LibvirtError, SpaceError, StartError, VmStateError
 from vmrewind.history.succession import judge, refusal
 from vmrewind.journal.runs import local_runs, read_head
 from vmrewind.paths import VmPaths
@@ -176,8 +176,3 @@ def _run_hook(hook: Path, name: str, xml: bytes) -> None:
             f"{hook}: the hook fails: {done.stderr.decode(errors='replace').strip()[-500:]}",
             "mend what it names; `vmrewind protect` writes the hook anew",
         )
-
-
-def words_of(error: VmrewindError) -> str:
-    """An error and its remedy in one line."""
-    return f"{error} ({error.hint})" if error.hint else str(error)
