@@ -19,13 +19,18 @@ def dump(path: Path) -> Iterator[dict[str, Any]]:
 
     Keys: run, batch, seq, time (ISO 8601, UTC), time_ns, disk (index; None: the whole VM), target (None where ``runs/`` beside
     the segment does not tell), op, flags, offset, length, xxh3 (16 hex digits, None without a payload); for events also event and
-    content. Raises CorruptionError for a segment without a readable header.
+    content. Raises CorruptionError for a segment without a readable header, and at what storage does not give back.
     """
-    with Segment(path) as segment:
-        targets = _targets(path, segment.header.run)
-        for batch in segment.batches():
-            for record in records(batch):
-                yield _entry(segment, batch, record, targets)
+    try:
+        with Segment(path) as segment:
+            targets = _targets(path, segment.header.run)
+            for batch in segment.batches():
+                for record in records(batch):
+                    yield _entry(segment, batch, record, targets)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptionError(f"{path}: cannot be read on: {error.strerror}") from error
 
 
 def _targets(path: Path, run: int) -> dict[int, str]:

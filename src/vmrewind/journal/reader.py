@@ -173,8 +173,11 @@ class Segment:
             os.close(self.fd)
             self.fd = -1
 
-    def _read(self, length: int, position: int) -> bytes:
-        """What there is, less only at the file's end: a single call also gives less in front of what it could not read."""
+    def read(self, length: int, position: int) -> bytes:
+        """What there is, less only at the file's end: a single call also gives less in front of what it could not read.
+
+        Raises OSError.
+        """
         data = os.pread(self.fd, length, position)
         while data and len(data) < length and (more := os.pread(self.fd, length - len(data), position + len(data))):
             data += more
@@ -201,14 +204,14 @@ class Segment:
         while True:
             # One read for header and table of most batches: a scan of a whole journal is bound by the number of its reads.
             block = pread(fd, _HEAD_GUESS, position)
-            if len(block) < head_size and len(block := self._read(head_size, position)) < head_size:
+            if len(block) < head_size and len(block := self.read(head_size, position)) < head_size:
                 return
             its_magic, checksum, its_run, found, _, _, count, _, payload = _unpack_head(block)
             if found != number or its_run != run or its_magic != magic or not 0 < count <= fmt.RECORDS_MAX:
                 return
             length = head_size + count * record_size
             if length != len(block):
-                block = block[:length] if length < len(block) else self._read(length, position)
+                block = block[:length] if length < len(block) else self.read(length, position)
             if _xxh3(block[checked_from:]) != checksum:
                 return
             position += length + payload
@@ -253,7 +256,7 @@ class Segment:
     def payload_at(self, position: int, length: int, xxh3: int, which: str) -> bytes:
         """The same of the record that ``which`` names for the error."""
         try:
-            data = self._read(length, position)
+            data = self.read(length, position)
         except OSError as error:
             raise CorruptionError(
                 f"{self.path}: the payload of {which} cannot be read (offset {position}, {length} bytes): {error.strerror}"
@@ -264,7 +267,7 @@ class Segment:
 
     def intact(self, batch: Batch) -> bool:
         """Whether every payload of the batch matches its checksum. Raises OSError for what storage does not give back."""
-        data = self._read(batch.payload_length, batch.payload_position)
+        data = self.read(batch.payload_length, batch.payload_position)
         if len(data) != batch.payload_length:
             return False
         view = memoryview(data)

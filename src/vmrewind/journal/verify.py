@@ -20,18 +20,21 @@ import xxhash
 
 from vmrewind.errors import CorruptionError, RepositoryError, UsageError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Batch, Segment, records, segment_files, unpack_segment_header
+from vmrewind.journal.reader import Batch, Segment, UnreadableHeader, records, segment_files, unpack_segment_header
 from vmrewind.journal.runs import local_runs, read_head
 
 _WINDOW: Final = 8 << 20
+_PAGE: Final = 4096
+"""What a bad sector takes with it: the kernel reads that much at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Damage in a segment: byte ``offset`` in the file, and what is wrong there."""
+    """Damage in a segment: byte ``offset`` in the file, and what is wrong there. ``unreadable``: storage does not give it back."""
 
     offset: int
     message: str
+    unreadable: bool = False
 
 
 @dataclass(slots=True)
@@ -64,23 +67,37 @@ def journal_paths(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def later_batch(segment: Segment, position: int, number: int) -> Batch | None:
+def later_batch(segment: Segment, position: int, number: int, *, pass_over: bool = False) -> Batch | None:
     """The first valid batch of the segment's run behind ``position`` whose number is above ``number``.
 
-    Batch numbers only grow in a run, so left-overs of the file's earlier life never count.
+    Batch numbers only grow in a run, so left-overs of the file's earlier life never count. ``pass_over``: what storage does not
+    give back; else that ends the search, with OSError where nothing in front of it was left to be searched.
     """
     while position < segment.header.size:
-        window = os.pread(segment.fd, _WINDOW, position)
-        if len(window) < fmt.BATCH.size:
+        try:
+            window = os.pread(segment.fd, _WINDOW, position)
+        except OSError:
+            if not pass_over:
+                raise
+            position = (position // _PAGE + 1) * _PAGE
+            continue
+        if len(window) < fmt.BATCH.size and not (pass_over and window):
             return None
         at = window.find(fmt.BATCH_MAGIC)
         while 0 <= at <= len(window) - fmt.BATCH.size:
             _, _, run, found, *_ = fmt.BATCH.unpack_from(window, at)
-            is_later = run == segment.header.run and found > number
-            if is_later and (batch := segment.batch_at(position + at, found)) is not None:
-                return batch
+            if run == segment.header.run and found > number:
+                try:
+                    batch = segment.batch_at(position + at, found)
+                except OSError:
+                    if not pass_over:
+                        raise
+                    batch = None
+                if batch is not None:
+                    return batch
             at = window.find(fmt.BATCH_MAGIC, at + fmt.ALIGNMENT)
-        position += len(window) - fmt.BATCH.size + fmt.ALIGNMENT
+        # Short is what lies in front of the file's end, or of what cannot be read.
+        position += max(len(window) - fmt.BATCH.size, 0) + fmt.ALIGNMENT
     return None
 
 
@@ -121,10 +138,11 @@ def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
     report = SegmentReport(path)
     try:
         segment = Segment(path)
-    except (CorruptionError, RepositoryError) as error:
+    except (CorruptionError, RepositoryError, UnreadableHeader) as error:
         if isinstance(error, RepositoryError) and _header_is_whole(path):
             raise
-        report.problems.append(Problem(0, str(error)))
+        words = f"the header cannot be read: {error.strerror}" if isinstance(error, UnreadableHeader) else str(error)
+        report.problems.append(Problem(0, words))
         named = fmt.parse_segment_name(path.name)
         report.run, report.number = named or (0, 0)
         return report, None
@@ -136,20 +154,24 @@ def _verify_segment(path: Path) -> tuple[SegmentReport, Batch | None]:
         if (size := os.fstat(segment.fd).st_size) != header.size:
             report.problems.append(Problem(size, f"the file has {size} bytes, its header says {header.size}"))
         number, expected_seq, tail = header.first_batch, header.first_seq, None
-        for batch in segment.batches():
+        for batch in _readable_batches(segment, report):
             if batch.first_seq != expected_seq:
                 report.problems.append(
                     Problem(batch.position, f"batch {batch.number} begins with record {batch.first_seq}, not {expected_seq}")
                 )
             known = len(report.problems)
             _verify_payloads(segment, batch, report)
-            tail = batch if len(report.problems) > known else None
+            # What a crash leaves can be read.
+            torn = len(report.problems) > known and not any(problem.unreadable for problem in report.problems[known:])
+            tail = batch if torn else None
             number, expected_seq = batch.number + 1, batch.last_seq + 1
             report.batches += 1
             report.records += batch.count
             report.payload_bytes += batch.payload_length
             report.last_seq, report.end = batch.last_seq, batch.end
-        if (later := later_batch(segment, report.end, number)) is not None:
+        if any(problem.unreadable and problem.offset == report.end for problem in report.problems):
+            tail = None
+        elif (later := later_batch(segment, report.end, number, pass_over=True)) is not None:
             tail = None
             report.problems.append(
                 Problem(
@@ -193,18 +215,37 @@ def _disregard(report: SegmentReport, tail: Batch) -> None:
 
 
 def _verify_payloads(segment: Segment, batch: Batch, report: SegmentReport) -> None:
-    data = os.pread(segment.fd, batch.payload_length, batch.payload_position)
-    view = memoryview(data)
+    try:
+        whole: memoryview | None = memoryview(segment.read(batch.payload_length, batch.payload_position))
+    except OSError:
+        whole = None  # Each for itself, then.
     for record in records(batch):
         if not record.has_payload:
             continue
-        at = record.position - batch.payload_position
-        padding = view[at + record.length : at + fmt.padded(record.length)]
-        if xxhash.xxh3_64_intdigest(view[at : at + record.length]) != record.xxh3:
+        length = fmt.padded(record.length)
+        if whole is not None:
+            at = record.position - batch.payload_position
+            data = whole[at : at + length]
+        else:
+            try:
+                data = memoryview(segment.read(length, record.position))
+            except OSError as error:
+                message = f"the payload of record {record.seq} cannot be read: {error.strerror} ({record.length} bytes)"
+                report.problems.append(Problem(record.position, message, unreadable=True))
+                continue
+        if xxhash.xxh3_64_intdigest(data[: record.length]) != record.xxh3:
             message = f"the payload of record {record.seq} does not match its checksum ({record.length} bytes)"
             report.problems.append(Problem(record.position, message))
-        elif any(padding):
+        elif any(data[record.length :]):
             report.problems.append(Problem(record.position + record.length, f"padding behind record {record.seq} is not zero"))
+
+
+def _readable_batches(segment: Segment, report: SegmentReport) -> Iterator[Batch]:
+    """The valid batches, as far as they can be read; what cannot is a problem."""
+    try:
+        yield from segment.batches()
+    except OSError as error:
+        report.problems.append(Problem(report.end, f"cannot be read: {error.strerror}", unreadable=True))
 
 
 def _check_zeroes(segment: Segment, start: int, end: int, report: SegmentReport) -> None:

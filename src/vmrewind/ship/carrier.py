@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from vmrewind.ship.cursor import Cursor, Hole
+from vmrewind.errors import CorruptionError
+from vmrewind.ship.cursor import Cursor, Hole, Patience
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
 from vmrewind.ship.plan import Entry
 
@@ -23,7 +24,7 @@ class Pulled(enum.Enum):
     """Why a pull ended."""
 
     FULL = enum.auto()
-    """A segment is full."""
+    """A segment is full, or what comes next cannot be read: what is there is to be sent."""
     MORE = enum.auto()
     """Enough was read at one go."""
     WAITING = enum.auto()
@@ -35,9 +36,9 @@ class Pulled(enum.Enum):
 class Carrier:
     """Gathers an entry's records. ``sent`` starts the next segment behind what was handed over."""
 
-    def __init__(self, journal: Path, entry: Entry, *, growing: bool) -> None:
+    def __init__(self, journal: Path, entry: Entry, patience: Patience, *, growing: bool) -> None:
         self.entry = entry
-        self.cursor = Cursor(journal, entry.run, entry.first, growing=growing)
+        self.cursor = Cursor(journal, entry.run, entry.first, growing=growing, patience=patience)
         self.gathered = Gathered(entry, entry.first)
         self._due_at: float | None = None
         self._since = time.monotonic()
@@ -48,7 +49,7 @@ class Carrier:
     def pull(self, payload_max: int = PAYLOAD_MAX) -> Pulled | Hole:
         """Read on until one of the reasons to stop; ``payload_max`` bytes make a segment full.
 
-        A hole is met after everything before it was gathered.
+        A hole is met after everything before it was gathered. Raises OSError and CorruptionError, with nothing gathered.
         """
         self.gathered.payload_max = payload_max
         pulled = self._read()
@@ -70,7 +71,13 @@ class Carrier:
                 return Pulled.FULL
             if self.entry.last is not None and self.cursor.next_seq > self.entry.last:
                 return Pulled.DONE
-            found = self.cursor.read()
+            try:
+                found = self.cursor.read()
+            except (OSError, CorruptionError):
+                self.gathered.select()
+                if self.gathered:
+                    return Pulled.FULL
+                raise
             if found is None:
                 return Pulled.WAITING
             if isinstance(found, Hole):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import xxhash
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Batch, Segment, SegmentFile, segment_files, unpack_segment_header
+from vmrewind.journal.reader import Batch, Segment, SegmentFile, SegmentHeader, segment_files, unpack_segment_header
+
+T = TypeVar("T")
 
 _xxh3 = xxhash.xxh3_64_intdigest
 _LIST_SECONDS: Final = 1.0
 """How often, at the end of a growing journal, all of the directory is looked at and not just for the next segment."""
+UNREADABLE_SECONDS: Final = 600.0
+"""What storage fails to give back for so long is damage: a path to it that went away has come back by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +41,38 @@ class Hole:
     cause: str
 
 
+class Patience:
+    """Since when the journal's storage has failed to give back what. One for all cursors that take up one another's work."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = UNREADABLE_SECONDS if seconds is None else seconds
+        self._since: dict[tuple[Path, int], float] = {}
+
+    def ends(self, path: Path, offset: int) -> bool:
+        """Whether what lies there, which cannot be read now, is damage."""
+        now = time.monotonic()
+        return now - self._since.setdefault((path, offset), now) >= self._seconds
+
+
 class Cursor:
     """A place in a run's journal; ``next_seq`` is the first seq that was not returned yet.
 
     ``growing``: the run is the newest, its end is not final. Without ``payloads`` only headers and tables are read.
     The segment being read is kept, by a shared lock, until ``release``, which keeps the place; those behind it may be recycled.
+    What storage does not give back is an error as long as ``patience`` lasts (none: not at all), then damage.
     """
 
-    def __init__(self, journal: Path, run: int, seq: int, *, growing: bool, payloads: bool = True) -> None:
+    def __init__(
+        self, journal: Path, run: int, seq: int, *, growing: bool, payloads: bool = True, patience: Patience | None = None
+    ) -> None:
         self._journal = journal
         self._run = run
         self._growing = growing
         self._payloads = payloads
+        self._patience = patience or Patience(0.0)
+        self._unreadable: CorruptionError | None = None
+        """What is taken for damage at the place because it cannot be read."""
+        self._harm = ""
         self.next_seq = seq
         self._segment: Segment | None = None
         self._number = 0
@@ -61,14 +86,17 @@ class Cursor:
     def read(self) -> Piece | Hole | None:
         """The batch that holds ``next_seq``, or the hole that it lies in; None if there is nothing (yet).
 
-        Raises CorruptionError for a newest segment without a readable header, and OSError.
+        Raises CorruptionError for a newest segment without a readable header, or with anything in it that storage does not give
+        back for good and nothing behind it; and OSError.
         """
         while True:
+            self._unreadable, self._harm = None, "is damaged"
             if self._segment is None and (hole := self._open()):
                 return hole
             if self._segment is None:
+                self._complain()
                 return None
-            batch = self._segment.batch_at(self._position, self._batch)
+            batch = self._batch_at(self._position, self._batch)
             if batch is not None and batch.first_seq > self._expected:
                 self._expected = batch.first_seq
                 if hole := self._skip_to(batch.first_seq, f"{self._name} goes on without them at offset {batch.position}"):
@@ -77,20 +105,21 @@ class Cursor:
                 self._pass(batch)
                 continue
             piece = self._verified(batch)
-            if piece is None and batch is not None and self._segment.batch_at(batch.end, batch.number + 1) is not None:
+            if piece is None and batch is not None and self._batch_at(batch.end, batch.number + 1) is not None:
                 # Batches are written one after the other, so this one was whole when its successor was: look once more.
                 piece = self._verified(batch)
                 if piece is None:
                     self._pass(batch)
-                    if hole := self._skip_to(batch.last_seq + 1, f"{self._name} is damaged at offset {batch.payload_position}"):
+                    if hole := self._skip_to(batch.last_seq + 1, f"{self._name} {self._harm} at offset {batch.payload_position}"):
                         return hole
                     continue
             if piece is None:
                 successors = self._successors()
                 if not successors:
+                    self._complain()
                     return None
                 # Since we saw the end something may have been appended: the successor came after that.
-                batch = self._segment.batch_at(self._position, self._batch)
+                batch = self._batch_at(self._position, self._batch)
                 piece = self._verified(batch)
                 if piece is None:
                     try:
@@ -127,14 +156,41 @@ class Cursor:
         self.next_seq = seq
         return hole
 
+    def _complain(self) -> None:
+        """What is not going to be mended is told, unless it keeps what other runs have from being carried."""
+        if self._unreadable is not None and self._growing:
+            raise self._unreadable
+
+    def _given_back(self, read: Callable[[], T], path: Path, offset: int) -> T | None:
+        """What ``read`` reads; None if it cannot, and patience has ended. Raises OSError while it has not."""
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if not self._patience.ends(path, offset):
+                raise OSError(error.errno, f"cannot be read at offset {offset}: {error.strerror}", str(path)) from error
+            self._harm = f"cannot be read ({error.strerror})"
+            self._unreadable = CorruptionError(
+                f"{path}: cannot be read at offset {offset}: {error.strerror}",
+                "nothing behind it can be shipped before capture begins its next segment; look at the health of its storage",
+            )
+            return None
+
+    def _batch_at(self, position: int, number: int) -> Batch | None:
+        segment = self._segment
+        assert segment is not None
+        return self._given_back(lambda: segment.batch_at(position, number), segment.path, position)
+
     def _verified(self, batch: Batch | None) -> Piece | None:
         """The batch with its payloads, None if they are torn or damaged: each record's checksum must be right."""
         if batch is None or self._segment is None:
             return None
         if not self._payloads:
             return Piece(batch, b"")
-        payload = os.pread(self._segment.fd, batch.payload_length, batch.payload_position)
-        if len(payload) != batch.payload_length:
+        segment, position, length = self._segment, batch.payload_position, batch.payload_length
+        payload = self._given_back(lambda: segment.read(length, position), segment.path, position)
+        if payload is None or len(payload) != length:
             return None
         view = memoryview(payload)
         at = 0
@@ -152,12 +208,18 @@ class Cursor:
         self._number = 0
         while True:
             found: tuple[SegmentFile, int] | None = None
+            waiting_for: OSError | None = None
             for file in reversed(segment_files(self._journal, self._run)):
-                first_seq = self._first_seq(file)
+                try:
+                    first_seq = self._first_seq(file)
+                except OSError as error:
+                    first_seq, waiting_for = None, error
                 if first_seq is not None:
                     found = (file, first_seq)
                     if first_seq <= self.next_seq:
                         break
+            if waiting_for is not None and (found is None or found[1] > self.next_seq):
+                raise waiting_for  # The place may be in there.
             if found is None:
                 return None
             if self._try_open(found[0].number):
@@ -168,10 +230,14 @@ class Cursor:
 
     def _try_open(self, number: int) -> bool:
         """Open a segment and lock it, False if it was recycled; raises CorruptionError if its header is damaged."""
+        path = self._journal / fmt.segment_name(self._run, number)
         try:
-            segment = Segment(self._journal / fmt.segment_name(self._run, number))
+            segment = self._given_back(lambda: Segment(path), path, 0)
         except FileNotFoundError:
             return False
+        if segment is None:
+            assert self._unreadable is not None
+            raise self._unreadable
         if (segment.header.run, segment.header.number) != (self._run, number):
             segment.close()
             return False
@@ -186,10 +252,16 @@ class Cursor:
 
     def _first_seq(self, file: SegmentFile) -> int | None:
         """From the header, without a lock; None if the segment is gone or damaged."""
-        try:
+
+        def read() -> SegmentHeader:
             with open(file.path, "rb", buffering=0) as opened:
-                header = unpack_segment_header(opened.read(fmt.SEGMENT_HEADER_SIZE), file.path)
+                return unpack_segment_header(os.pread(opened.fileno(), fmt.SEGMENT_HEADER_SIZE, 0), file.path)
+
+        try:
+            header = self._given_back(read, file.path, 0)
         except (FileNotFoundError, CorruptionError):
+            return None
+        if header is None:
             return None
         return header.first_seq if (header.run, header.number) == (file.run, file.number) else None
 
@@ -221,7 +293,7 @@ class Cursor:
             if self._expected <= expected:
                 return None
             if file.number == left + 1:
-                cause = f"segment {fmt.segment_name(self._run, left)} is damaged at offset {position}"
+                cause = f"segment {fmt.segment_name(self._run, left)} {self._harm} at offset {position}"
             else:
                 cause = f"the segments before {self._name} were recycled before they were shipped, or are damaged"
             return self._skip_to(self._expected, cause)

@@ -23,7 +23,7 @@ from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.repository.segment import HEADER
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
-from vmrewind.ship.cursor import Hole
+from vmrewind.ship.cursor import Hole, Patience
 from vmrewind.ship.descriptions import Descriptions
 from vmrewind.ship.events import declare_baseless, declare_hole
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
@@ -75,6 +75,7 @@ class Shipper:
         self._descriptions = Descriptions(journal, state)
         self._shipped_time_ns: int | None = None
         self._meter: Meter | None = None
+        self._patience = Patience()
         self._sender = Sender(meanwhile)
         self._sending: Gathered | None = None
         self.pace = Pace()
@@ -221,7 +222,7 @@ class Shipper:
             self._live.cursor.release()
             self._live = None
         if self._live is None and live is not None:
-            self._live = Carrier(self._journal, live, growing=True)
+            self._live = Carrier(self._journal, live, self._patience, growing=True)
 
     def _look_out(self) -> None:
         vm, newest = self._vm, max(self._runs)
@@ -241,7 +242,7 @@ class Shipper:
         carrier = self._live
         if carrier is None:
             return POLL_SECONDS
-        pulled = carrier.pull(self.pace.piece_bytes(PAYLOAD_MAX))
+        pulled = self._pull(carrier)
         if isinstance(pulled, Hole):
             self._step_over(carrier, pulled)
             return 0.0
@@ -255,6 +256,15 @@ class Shipper:
         # The oldest record decides when to look again; as long as there is none, nothing is due before it is a second old.
         return min(due_seconds or POLL_SECONDS, POLL_SECONDS if carrier.gathered else QUIET_POLL_SECONDS)
 
+    def _pull(self, carrier: Carrier) -> Pulled | Hole:
+        try:
+            return carrier.pull(self.pace.piece_bytes(PAYLOAD_MAX))
+        except (OSError, CorruptionError):
+            # What could be read does not wait for what could not.
+            self._sender.settle()
+            self._note_shipped()
+            raise
+
     def _held_back_seconds(self) -> float:
         """How long the limit holds back what is due, at most until somebody should look at the instructions again."""
         seconds = min(self.pace.wait_seconds(), POLL_SECONDS)
@@ -265,9 +275,9 @@ class Shipper:
         """Returns how long the limit holds it back."""
         entry = self._plan.backlog[0]
         if self._backlog is None:
-            self._backlog = Carrier(self._journal, entry, growing=False)
+            self._backlog = Carrier(self._journal, entry, self._patience, growing=False)
         carrier = self._backlog
-        pulled = carrier.pull(self.pace.piece_bytes(PAYLOAD_MAX))
+        pulled = self._pull(carrier)
         if isinstance(pulled, Hole):
             if entry.last is not None and pulled.last >= entry.last:
                 pulled = Hole(pulled.first, entry.last, pulled.cause)
