@@ -18,6 +18,7 @@ from typing import Any
 from guests.kernel import GuestError
 from guests.machine import Console
 from guests.monitor import Monitor
+from vmrewind.journal.copy_before_write import begun_base
 
 VMREWIND = Path(sys.executable).with_name("vmrewind")
 
@@ -55,6 +56,7 @@ class ProtectedVm:
     def __init__(self, directory: Path, name: str, command: Sequence[str], disks: Sequence[Disk], **protection: str | int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.name = name
+        self._targets = [disk.target for disk in disks]
         self.config = directory / f"{name}.toml"
         self.repository = directory / "repository"
         self.console = Console(directory / "serial")
@@ -81,8 +83,11 @@ class ProtectedVm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
 
-    def start(self, timeout_seconds: float = 60) -> None:
-        """Start the VM; returns when its CPU runs. Raises GuestError if it does not."""
+    def start(self, timeout_seconds: float = 60, *, bases: bool = True) -> None:
+        """Start the VM; returns when its CPU runs and, with ``bases``, its bases are made: before, no moment can be restored.
+
+        Raises GuestError if it does not.
+        """
         before = len(list(self._event_logs()))
         Path(os.environ["VMREWIND_RUNTIME_DIR"]).mkdir(parents=True, exist_ok=True)
         with self.output.open("ab") as output:
@@ -91,6 +96,16 @@ class ProtectedVm:
         while len(list(self._event_logs())) == before or not any(e["event"] == "cpu.started" for e in self.events()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise GuestError(f"the VM did not start:\n{self.output.read_text()}")
+            time.sleep(0.02)
+        if bases:
+            self.wait_for_bases(timeout_seconds)
+
+    def wait_for_bases(self, timeout_seconds: float = 60) -> None:
+        """Wait until the bases of its disks are made. Raises GuestError."""
+        deadline = time.monotonic() + timeout_seconds
+        while any(begun_base(self.journal, target) for target in self._targets):
+            if time.monotonic() > deadline:
+                raise GuestError(f"its bases are not made:\n{self.output.read_text()}")
             time.sleep(0.02)
 
     def _event_logs(self) -> Iterator[Path]:

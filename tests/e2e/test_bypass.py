@@ -39,7 +39,6 @@ def test_a_gap_is_shown_refused_and_closed(tmp_path: Path) -> None:
     alone = bypassing(tmp_path)
     with alone.serving() as ready:
         alone.write(ready, 1)
-        alone.wait_for_base()
         vmrewind("mark", alone.config, "before")
         before = alone.image.read_bytes()
         for number in range(2, 14):
@@ -100,7 +99,6 @@ def test_a_gap_that_the_journal_cannot_even_be_told_of_is_refused_as_well(tmp_pa
         alone = Alone(tmp_path, journal_size="8MiB", on_journal_full="bypass", journal=str(mounted / "journal"))
         with alone.serving() as ready:
             alone.write(ready, 1)
-            alone.wait_for_base()
             vmrewind("mark", alone.config, "before")
             before = alone.image.read_bytes()
             make_read_only(mounted)

@@ -36,7 +36,7 @@ yes precious | head -c 100000 > /mnt/vda/etc/config
 echo other > /mnt/vda/etc/other
 sync
 echo WRITTEN
-usleep 1500000
+usleep 3000000
 rm /mnt/vda/etc/config
 sync /mnt/vda/etc
 echo REMOVED
@@ -59,9 +59,10 @@ def test_a_deleted_file_is_got_back_booted_and_rewound_to(
     command = qemu_command(tmp_path / "serial", linux().kernel, initramfs(SCRIPT), "")
     with ProtectedVm(tmp_path, "guest", command, [Disk("vda", image, kind.partition(" ")[0])]) as vm:
         vmrewind("init", vm.repository)
-        vm.start()
+        vm.start(bases=False)
         vm.wait_for("^WRITTEN")
         vmrewind("mark", vm.config, "written")
+        vm.wait_for_bases()
         vm.wait_for("^REMOVED")
         removed = json.loads(vmrewind("mark", vm.config, "removed", "--json").stdout)["seq"]
 

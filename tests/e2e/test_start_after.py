@@ -17,6 +17,7 @@ from typing import Any
 
 from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import Client, until
+from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.start.processes import Process
 
 MIB = 1 << 20
@@ -25,6 +26,10 @@ SIZE = 64 * MIB
 
 class Alone:
     """A disk served by ``vmrewind capture``, with a repository."""
+
+    _journal: str | None = None
+    waits_for_base = True
+    """Whether what is done while it is served begins when the base is made: before, no moment can be restored."""
 
     def __init__(self, directory: Path, image_format: str = "raw", **protection: str) -> None:
         self.directory = directory
@@ -37,6 +42,7 @@ class Alone:
         self.configure(repository=str(self.repository), **protection)
 
     def configure(self, **protection: str) -> None:
+        self._journal = protection.get("journal")
         keys = {"journal_size": "64MiB", **protection}
         lines = ['name = "alone"', "[protection]", "enabled = true", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
         self.config.write_text(
@@ -57,6 +63,8 @@ class Alone:
         try:
             line = process.stdout.readline()
             assert line, process.stderr.read()
+            if self.waits_for_base:
+                until(lambda: begun_base(self.journal, "vda") is None, "the base")
             yield json.loads(line) | {"keeper": process.pid}
             if process.poll() is None:
                 process.terminate()
@@ -78,10 +86,6 @@ class Alone:
             ["qemu-io", "-f", "raw", uri, *(w for c in commands for w in ("-c", c))], check=True, stdout=subprocess.DEVNULL
         )
 
-    def wait_for_base(self) -> None:
-        """Until the base that this run has begun is made: before, none of its moments can be had."""
-        until(lambda: "base.made" in self.events(), "the base")
-
     def restored(self, moment: str, *more: str) -> bytes:
         output = self.directory / f"out-{time.monotonic_ns()}"
         vmrewind("restore", self.config, "--at", moment, "--output", output, *more)
@@ -96,7 +100,7 @@ class Alone:
 
     @property
     def journal(self) -> Path:
-        return Path(os.environ["VMREWIND_STATE_DIR"]) / "vms" / "alone" / "journal"
+        return Path(self._journal or f"{os.environ['VMREWIND_STATE_DIR']}/vms/alone/journal")
 
 
 def test_a_clock_that_was_set_back_between_runs(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def test_an_image_that_others_touch_is_no_base(tmp_path: Path, how: str) -> None
 class Begun(Alone):
     """A disk whose base cannot be completed: the repository takes no chunks until ``let_go``."""
 
+    waits_for_base = False
+
     def __init__(self, directory: Path, **protection: str) -> None:
         super().__init__(directory, **protection)
         self.image.write_bytes(os.urandom(SIZE))

@@ -162,8 +162,8 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
             made.close()
 
 
-def patiently(connect: Callable[[], socket.socket]) -> socket.socket | None:
-    """A connection, or none while the listener's queue is full."""
+def patiently(connect: Callable[[], T]) -> T | None:
+    """A connection, or what is had by one; none while the listener's queue is full."""
     try:
         return connect()
     except BlockingIOError:
@@ -522,7 +522,7 @@ def test_a_crowd_on_the_control_socket_keeps_nobody_out(scene: Scene) -> None:
             sock = crowd.enter_context(until(lambda: patiently(scene.capture.control), "room among those who wait"))
             with contextlib.suppress(ConnectionError):
                 sock.sendall(b'{"command": "status"' * (number % 50))
-        assert scene.capture.instruct(command="status")["ok"]
+        assert until(lambda: patiently(lambda: scene.capture.instruct(command="status")), "an answer")["ok"]
         with scene.client() as client:
             client.write(0, b"x")
         assert scene.grown() < 16 * MIB

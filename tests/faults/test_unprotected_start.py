@@ -159,7 +159,6 @@ def test_what_was_written_after_five_deaths_is_not_destroyed_in_place(tmp_path: 
     broken = break_capture(tmp_path, monkeypatch)
     with alone.serving() as ready:
         alone.write(ready, 1)
-        alone.wait_for_base()
         vmrewind("mark", alone.config, "good")
         lose_protection(alone, broken)
         alone.write(ready, 2)
