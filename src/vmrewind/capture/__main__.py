@@ -178,7 +178,7 @@ def prepare(journal: Path, pool: SegmentPool, assignment: Mapping[str, Any], loc
             disk.doubtful = state.is_doubtful(disk.index) or disk.index in used
             if disk.index in used:
                 events.write("image.used", disk=disk.target, image=disk.image.path)
-        server.note_doubts()
+        server.arrears.note_doubts()
     if lost:
         # Whatever is at that place now, it is not this run's journal: nothing is added to it.
         writer.abandon()

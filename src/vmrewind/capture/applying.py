@@ -35,7 +35,7 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
     ranges: list[tuple[int, int]] = []
     # 0.15 us a batch. A write must not make a file that somebody cut short long again: what it lost would read as zeroes.
     if (end := os.lseek(fd, 0, os.SEEK_END)) != disk.length:
-        server.length_changed(disk, end)
+        server.arrears.length_changed(disk, end)
     if end < disk.size:
         for record, _, offset, length, _, cookie in operations:
             if offset + length > end:
@@ -62,13 +62,13 @@ def apply(server: Server, disk: Disk, operations: list[Operation], first_seq: in
                     ranges.append((offset, length))
     if first_seq is None:
         if failed:
-            server.image_failed(disk, failed.values())
+            server.arrears.image_failed(disk, failed.values())
     elif voided:
-        server.image_refused(disk, voided, ranges, sorted(set(failed.values())))
+        server.arrears.image_refused(disk, voided, ranges, sorted(set(failed.values())))
     else:
         server.state.set_applied(server.writer.next_batch - 1)
-        if server.refused:
-            server.settle()
+        if server.arrears.refused:
+            server.arrears.settle()
     return failed
 
 

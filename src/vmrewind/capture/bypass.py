@@ -82,10 +82,10 @@ class Bypass:
 
     def absorb(self) -> None:
         """Take over what was still to be journaled of what the images refused, or lost."""
-        for refused in self._server.refused:
+        for refused in self._server.arrears.refused:
             for offset, length in refused.ranges:
                 self.mark(refused.disk.index, offset, length)
-        self._server.refused.clear()
+        self._server.arrears.refused.clear()
 
     def begin(self, reason: str) -> bool:
         """The journal takes no more: bypass it from now on. False if the guest's request is to be held instead."""
@@ -98,7 +98,7 @@ class Bypass:
             return False
         if server.policy.waits_for_checkpoint() and server.held_seconds < _CHECKPOINT_WAIT_SECONDS:
             return False
-        if any(refused.seqs for refused in server.refused):
+        if any(refused.seqs for refused in server.arrears.refused):
             # History says yet that these writes happened; it must not go on before it has said otherwise.
             return False
         begins = not self.is_open
@@ -157,11 +157,11 @@ class Bypass:
         server, dirty = self._server, self._map
         assert dirty is not None, "only while there is a gap"
         try:
-            if server.refused and not server.settle():
+            if server.arrears.refused and not server.arrears.settle():
                 return False
             for disk in server.disks.values():
                 if (found := dirty.first(disk.index)) is not None:
-                    if server.journal_as_is(disk, *found):
+                    if server.arrears.journal_as_is(disk, *found):
                         dirty.clear(disk.index, found[0])
                     else:
                         self._rest_until = time.monotonic() + _UNREADABLE_SECONDS

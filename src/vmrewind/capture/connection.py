@@ -195,7 +195,7 @@ class Connection:
     def _serve_batch(self) -> bool:
         """Serve one batch from the window; False if there is no complete request left in it."""
         bypass = self.server.bypass
-        if self.server.refused and not self.server.settle() and not bypass.begin(_UNSETTLED):
+        if self.server.arrears.refused and not self.server.arrears.settle() and not bypass.begin(_UNSETTLED):
             self._hold(_UNSETTLED)
             return False
         if self._large_write is not None:

@@ -142,10 +142,10 @@ def _resync(server: Server, request: dict[str, Any], answer: Answer) -> None:
         answer({"ok": False, "kind": "usage", "message": "resync takes a disk and ranges within it"})
         return
     try:
-        if server.refused and not server.settle():
+        if server.arrears.refused and not server.arrears.settle():
             raise JournalFull("it has no room for what an image has refused")
         for offset, length in ranges:
-            if not server.journal_as_is(disk, offset, length):
+            if not server.arrears.journal_as_is(disk, offset, length):
                 answer({"ok": False, "kind": "image", "message": f"{disk.image.path}: cannot be read at {offset}"})
                 return
         if request.get("close"):

@@ -2,7 +2,7 @@
 
 It owns the journal writer and accepts NBD clients on one socket (an export per disk) and instructions on another. Handshakes are in
 greeting.py, instructions in instructions.py, everything that waits for stable storage in durability.py, everything that a request
-costs in connection.py.
+costs in connection.py, what history lacks of the images in arrears.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from vmrewind.capture.arrears import Arrears
 from vmrewind.capture.bypass import Bypass
 from vmrewind.capture.connection import Connection
 from vmrewind.capture.control import ControlClient
@@ -41,22 +41,11 @@ from vmrewind.journal.writer import JournalWriter
 from vmrewind.nbd.negotiation import Handshake
 
 _TICK_SECONDS: Final = 1.0
-_ZERO_PIECE: Final = 1 << 30
-"""Longest range of one ZERO record, bytes."""
 _EXPIRE_TICKS: Final = 2
 _HOLD_RETRY_SECONDS: Final = 0.05
 _CONTROLS_MAX: Final = 64
 _CLIENTS_MAX: Final = 256
 """Most connections at a time, handshakes included: more are hung up on, so that memory stays bounded."""
-
-
-@dataclass(slots=True)
-class _Refused:
-    """What an image refused: records still to be voided, ranges (offset, length) still to be journaled as they are now."""
-
-    disk: Disk
-    seqs: list[int]
-    ranges: list[tuple[int, int]]
 
 
 class _Nobody:
@@ -103,16 +92,13 @@ class Server:
         self._held: list[Connection] = []
         self._reading: dict[Connection, None] = {}
         """Whose reads wait for the disk, in the order of their turns."""
-        self.refused: list[_Refused] = []
-        """What ``settle`` is to do before anything else is journaled."""
-        self.unread: list[tuple[Disk, int, int]] = []
-        """Ranges that a failed write may have changed and that cannot be read; tried again until they can."""
         self._stopping = False
         self._handing_over = False
         self._hold_began_ns = 0
         self._ticks = 0
         self.durability = Durability(journal, writer, state, images, events, pool.segments_max, self.post)
-        self.durability.on_lost = self.note_doubts
+        self.arrears = Arrears(self)
+        self.durability.on_lost = self.arrears.note_doubts
         self.durability.images_lack = policy.completes_images
         self.bypass = Bypass(self, dirty)
         pool.make_room = self.give_up_bases
@@ -194,12 +180,7 @@ class Server:
         self._declare_dropped()
         if self.policy.local_history_seconds is not None and self._ticks % _EXPIRE_TICKS == 0 and not self.pool.deleted:
             self.pool.expire(self.policy.may_recycle, self.policy.is_old)
-        for disk in self.disks.values():
-            self._watch(disk)
-        unread, self.unread = self.unread, []
-        self.refused += [_Refused(disk, [], [(offset, length)]) for disk, offset, length in unread]
-        if self.refused:
-            self.settle()
+        self.arrears.tick()
         self._greeter.drop_overdue()
 
     def _journal_deleted(self) -> None:
@@ -390,7 +371,7 @@ class Server:
         """Write an event record; its seq, or None if the journal has no room now."""
         if self.bypass.on and kind is not fmt.Event.STOP:
             return None
-        if self.refused and not self.settle():
+        if self.arrears.refused and not self.arrears.settle():
             return None
         try:
             seq = self.writer.event(kind, content)
@@ -398,97 +379,6 @@ class Server:
             return None
         self.state.set_applied(self.writer.next_batch - 1)
         return seq
-
-    def image_refused(self, disk: Disk, seqs: list[int], ranges: list[tuple[int, int]], errors: list[int]) -> None:
-        """The image refused records of the last batch: void them, and journal what it holds where they went."""
-        self.image_failed(disk, errors)
-        self.refused.append(_Refused(disk, seqs, ranges))
-        self.note_doubts()
-        self.settle()
-
-    def image_failed(self, disk: Disk, errors: Iterable[int]) -> None:
-        """The image refused writes: say so."""
-        self.events.write("image.write-failed", disk=disk.target, errors=[os.strerror(e) for e in sorted(set(errors))])
-
-    def _watch(self, disk: Disk) -> None:
-        """See whether somebody does to the image's file what nobody should, and how the base stands that is being made of it."""
-        if (base := disk.image.base) is not None and base.state is not State.MAKING:
-            if base.state is State.FAILED:
-                self.events.write("base.given-up", disk=disk.target, base=base.base.id, reason=base.reason)
-            disk.image.base = None
-            base.close()
-        if (length := disk.image.length()) != disk.length:
-            self.length_changed(disk, length)
-        if (replaced := disk.image.replaced()) != disk.replaced:
-            disk.replaced = replaced
-            self.events.write("image.replaced" if replaced else "image.back", disk=disk.target, image=disk.image.path)
-
-    def length_changed(self, disk: Disk, length: int) -> None:
-        """Somebody cut the image's file short, or made it longer. What it lost reads as zeroes from now on, in history as well."""
-        before, disk.length = disk.length, length
-        if length < before:
-            self.events.write("image.cut-short", disk=disk.target, bytes=length, expected_bytes=disk.size)
-            if disk.image.base is not None:
-                disk.image.base.fail("the image was cut short")
-            end = min(before, disk.size)
-            ranges = [(at, min(_ZERO_PIECE, end - at)) for at in range(length, end, _ZERO_PIECE)]
-            self.refused.append(_Refused(disk, [], ranges))
-            self.note_doubts()
-            return
-        if any(is_data for _, is_data in disk.image.allocation(before, min(length, disk.size) - before)):
-            self.doubt(disk)
-        self.events.write("image.longer", disk=disk.target, bytes=length, expected_bytes=disk.size, changed=disk.doubtful)
-
-    def settle(self) -> bool:
-        """Write what history still lacks of what the images hold; False if the journal has no room for it.
-
-        Nothing else is journaled before that is done.
-        """
-        if self.bypass.on:
-            self.bypass.absorb()
-            return True
-        try:
-            for refused in list(self.refused):
-                if refused.seqs:
-                    self.writer.void(refused.seqs, refused.disk.index)
-                    refused.seqs = []
-                while refused.ranges:
-                    # A write that failed may have done a part of its work.
-                    if not self.journal_as_is(refused.disk, *refused.ranges[-1]):
-                        self.unread.append((refused.disk, *refused.ranges[-1]))
-                    refused.ranges.pop()
-                self.refused.remove(refused)
-        except JournalFull:
-            return False
-        self.state.set_applied(self.writer.next_batch - 1)
-        self.note_doubts()
-        return True
-
-    def doubt(self, disk: Disk) -> None:
-        """The image may hold what history does not, and nobody knows where: the next start is to compare the whole of it."""
-        disk.doubtful = True
-        self.note_doubts()
-
-    def note_doubts(self) -> None:
-        """Leave word of what history still lacks: whoever takes this process's place in the run knows nothing else of it."""
-        lacking = {disk.index for disk in self.disks.values() if disk.doubtful}
-        lacking |= self.durability.lost
-        lacking |= {refused.disk.index for refused in self.refused} | {disk.index for disk, _, _ in self.unread}
-        self.state.set_doubtful(lacking)
-
-    def journal_as_is(self, disk: Disk, offset: int, length: int) -> bool:
-        """Journal a range as the image holds it; False if the image cannot be read there. Raises JournalFull."""
-        try:
-            for extent, is_data in disk.image.allocation(offset, length):
-                end = offset + extent
-                while offset < end:
-                    data = disk.image.read(min(end - offset, self.record_length_max), offset) if is_data else None
-                    self.writer.write(disk.index, offset, data, end - offset)
-                    offset += len(data) if data is not None else end - offset
-        except OSError as error:
-            self.events.write("image.read-failed", disk=disk.target, offset=offset, error=str(error))
-            return False
-        return True
 
     # -- the end
 
@@ -509,7 +399,7 @@ class Server:
         self.durability.finish()
         position = Position(self.writer.run, ended, self.writer.last_time_ns)
         for disk in self.disks.values():
-            disk.doubtful |= disk.index in self.durability.lost or any(unread is disk for unread, _, _ in self.unread)
+            disk.doubtful |= disk.index in self.durability.lost or self.arrears.unread(disk)
         # Of a disk that is left out the next start knows nothing: it declares a gap, and compares.
         known = [] if gap else [disk for disk in self.disks.values() if not (disk.doubtful or disk.replaced)]
         identities = {disk.target: disk.image.identity() for disk in known}
