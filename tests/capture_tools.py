@@ -26,7 +26,7 @@ from vmrewind.nbd import protocol as nbd
 UUID = uuid.UUID("1f0c9a5e-3a51-4f6e-9a55-0a7de1a0a1c1")
 RUN = 0x6900_0000_1234_5678
 MIB = 1 << 20
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 90.0
 
 T = TypeVar("T")
 
