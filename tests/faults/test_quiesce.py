@@ -21,6 +21,7 @@ from guests.machine import qemu_command
 from guests.protected import VMREWIND, Disk, ProtectedVm, vmrewind
 from guests.writer import agent_arguments
 from tests.capture_tools import MIB, until
+from tests.e2e.test_start_after import Alone
 from tests.fake_agent import EFI, MOUNTED, FakeAgent, Hang, HangUp
 from vmrewind.errors import GuestAgentError, VmrewindError, VmStateError
 from vmrewind.paths import VmPaths
@@ -247,3 +248,11 @@ def test_a_freezer_or_a_capture_that_is_stopped_or_dies_holds_the_guest_no_longe
         assert agent.frozen_since is None and agent.frozen_seconds[0] < FROZEN_SECONDS_MAX
         # The keeper may have replaced it in time; else nothing is marked.
         assert [mark["name"] for mark in bookmarks(vm)] == ([] if done.returncode else ["dead"]), done.stderr
+
+
+def test_a_vm_whose_qemu_somebody_else_started_is_refused_with_words(tmp_path: Path) -> None:
+    alone = Alone(tmp_path)
+    with alone.serving():
+        refused = vmrewind("mark", alone.config, "never", "--quiesce", check=False)
+    assert refused.returncode == 14 and "did not start its QEMU" in refused.stderr and "Traceback" not in refused.stderr
+    assert not json.loads(vmrewind("timeline", alone.config, "--json").stdout)["events"][1:-1]

@@ -205,6 +205,11 @@ def test_the_command_shows_rewinds_and_undoes(tmp_path: Path) -> None:
     told = vmrewind("rewind", alone.config, "--to", then).stdout
     assert "s back" in told and "in 2 extents" in told
     assert alone.image.read_bytes() == before
+    # The run shown is the one that has the rest as well: it is cut here, and named by --branch it is not.
+    shown = vmrewind("timeline", alone.config).stdout
+    (run,) = _runs(alone)
+    assert f"branch {run}, taken back to record " in shown and f"what it did before that: --branch {run}" in shown
+    assert "taken back" not in vmrewind("timeline", alone.config, "--branch", run).stdout
     undo = shlex.split(told.rpartition("to undo it: vmrewind ")[2])
     assert undo[:2] == ["rewind", str(alone.config)]
     assert "s forth" in vmrewind(*undo).stdout

@@ -133,7 +133,9 @@ def _show(
     happened: Sequence[JournalEvent],
     written: Writes,
 ) -> None:
-    console.print(f"[bold]{escape(history.name)}[/], branch {run_name(branch.run)} of {len(history.runs)} run(s)")
+    cut = branch.legs[-1].cut
+    taken_back = f", taken back to record {cut}," if cut is not None else ""
+    console.print(f"[bold]{escape(history.name)}[/], branch {run_name(branch.run)}{taken_back} of {len(history.runs)} run(s)")
     for coverage in coverages:
         console.print(f"\n[bold]{coverage.target}[/]: every moment")
         for interval in coverage.intervals:

@@ -202,7 +202,7 @@ class _Walk:
         is_last = i + 1 == len(self._branch.legs)
         gap = self._known.undeclared_gap(leg.info.run, leg.cut or 0, self._target) if is_last else None
         if (abandoned_ns := records.first_time(index, (leg.cut or 0) + 1)) is not None:
-            cause = f"the VM was taken back to record {leg.cut}; what it did before that is on branch {run_name(leg.info.run)}"
+            cause = f"the VM was taken back to record {leg.cut}; what it did before that: --branch {run_name(leg.info.run)}"
             if not is_last:
                 self._open = (abandoned_ns, cause)
             elif gap is not None:

@@ -157,14 +157,18 @@ class _Freezer:
 
 
 def _way_to_agent(paths: VmPaths) -> dict[str, str]:
-    """How the running VM's agent is reached: its ``socket`` or its ``domain``. Raises VmStateError, ConfigError."""
+    """How a running VM's agent is reached: its ``socket`` or its ``domain``. Raises VmStateError, ConfigError, GuestAgentError."""
     keeping = running(paths)
     if keeping is None:
         raise VmStateError(f"{paths.name} is not running under protection", "start it first")
     config = VmConfig.load_saved(paths.config)
     if config.origin == "libvirt":
         return {"domain": config.name}
-    assert config.qemu is not None, "what was started in direct mode has a [qemu] table"
+    if config.qemu is None:
+        raise GuestAgentError(
+            f"{paths.name}: `vmrewind capture` serves its disks, and did not start its QEMU, so its guest's agent is not known",
+            "freeze the guest's file systems by other means, and mark the point without --quiesce",
+        )
     path = agent_socket(config.qemu.command, config.source)
     if not path.is_absolute():
         if keeping.qemu is None or not keeping.qemu.alive:
