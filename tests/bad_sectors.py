@@ -1,4 +1,7 @@
-"""A bad sector in a file that this process reads: a call that begins there fails with EIO, one that begins before ends in front."""
+"""A bad sector in a file that this process reads: a call that begins there fails with EIO, one that begins before ends in front.
+
+And files of which no process can read anything.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,15 @@ from vmrewind.history.gathering import mapped
 
 PAGE = 4096
 """What the kernel reads at once, and so what one bad sector takes."""
+
+
+def unreadable(path: Path) -> None:
+    """The file opens from now on, in whatever process, and no byte of it can be read: EIO from the kernel itself.
+
+    Nothing is mapped at address 0, which is what reading a process's memory from its beginning asks for.
+    """
+    path.unlink(missing_ok=True)
+    path.symlink_to("/proc/self/mem")
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class CorruptionError(VmrewindError):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(
             message,
-            hint or "put it back from another copy, if there is one; vmrewind timeline tells what can be restored without it",
+            hint or "put it back from another copy, if there is one; moments that do not need it can be restored all the same",
         )
 
 

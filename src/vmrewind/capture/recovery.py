@@ -250,11 +250,12 @@ def recover(journal: Path, report: Callable[[str], None] = lambda _: None) -> Re
     """
     if not (journal / "capture.state").exists() or (journal / RESTORE_PENDING).exists():
         return None
+    if read_head(journal, lambda _: None) is not None:  # A damaged one is none; planning tells of it.
+        return None
     state = StatePage(journal)
     try:
         run = state.run
-        head = read_head(journal, lambda _: None)  # A damaged one is none; planning tells of it.
-        if run == 0 or head is not None or not run_path(journal, run).exists():
+        if run == 0 or not run_path(journal, run).exists():
             return None
         info = read_run(journal, run)
         point = recovery_point(state)

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from vmrewind.capture.image import Image
 from vmrewind.errors import CorruptionError
+from vmrewind.journal.content import content
 from vmrewind.journal.format import run_name
 from vmrewind.journal.origin import filling
 from vmrewind.journal.runs import sync_directory, write_durably
@@ -80,7 +81,7 @@ def remembered(journal: Path, run: int) -> frozenset[str]:
     """The disks that an interrupted recovery of the run had found used: its own traces hide that from the next one."""
     path = journal / _RECOVERING
     try:
-        plain: dict[str, Any] = json.loads(path.read_bytes())
+        plain: dict[str, Any] = json.loads(content(path))
         return frozenset(plain["used"]) if plain["run"] == run_name(run) else frozenset()
     except FileNotFoundError:
         return frozenset()

@@ -68,7 +68,7 @@ def verify(paths: Paths, /, *, json: Json = False) -> None:
     if bad:
         raise CorruptionError(
             f"{bad} segment(s) are damaged",
-            "what was shipped is in the repository still; vmrewind timeline tells what can be restored",
+            "what was shipped is in the repository still; moments that do not need the rest can be restored all the same",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from importlib.metadata import version
 import cyclopts
 from rich.console import Console
 
-from vmrewind.errors import UsageError, VmrewindError
+from vmrewind.errors import SpaceError, UsageError, VmrewindError
 from vmrewind.start.environment import guard_files
 
 app = cyclopts.App(
@@ -75,6 +76,8 @@ def main() -> int:
         # Whoever read our output has had enough of it (| head): not an error, and nothing more may be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        return report(_failure(error), arguments)
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
@@ -82,6 +85,13 @@ def main() -> int:
 
 def _plain(error: cyclopts.CycloptsError) -> str:
     return " ".join(str(error).split())
+
+
+def _failure(error: OSError) -> VmrewindError:
+    """What the system refused and nobody expected, with the file that it is about where the system tells."""
+    about = f"{error.filename}: " if error.filename is not None else ""
+    of = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else VmrewindError
+    return of(f"{about}{error.strerror or str(error) or type(error).__name__}", "the kernel's log (dmesg) may tell more")
 
 
 def report(error: VmrewindError, arguments: list[str]) -> int:

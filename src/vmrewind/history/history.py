@@ -345,7 +345,7 @@ class History:
         path = self._bases / target / f"{base_id}.json"
         try:
             manifest = Manifest.from_json(path.read_bytes(), str(path))
-        except (FileNotFoundError, CorruptionError):
+        except (OSError, CorruptionError):
             return None
         if (manifest.disk, manifest.id) != (target, base_id):
             return None

@@ -18,6 +18,7 @@ from typing import Final
 from vmrewind.errors import SupersededError
 from vmrewind.history.branch import last_takeover, lineage
 from vmrewind.history.moments import format_time
+from vmrewind.journal.content import content
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, RunInfo, described_runs, local_runs, write_durably
 from vmrewind.repository.repository import VmRepository
@@ -108,7 +109,7 @@ def look(repository: VmRepository, journal: Path, state: Path, end: Position | N
 def read_overruled(state: Path) -> int:
     """Up to which run takeovers by others were overruled on this host, 0 if none was."""
     try:
-        return int(json.loads((state / OVERRULED).read_bytes())["run"], 16)
+        return int(json.loads(content(state / OVERRULED))["run"], 16)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         # Damaged: the next start asks once more.
         return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmrewind.journal import format as fmt
+from vmrewind.journal.content import content
 from vmrewind.journal.runs import run_path, write_durably
 
 
@@ -22,7 +23,7 @@ def gap_noted_closed(journal: Path, run: int, disk: int, last: int) -> bool:
     One that was closed later has lost its record, to a power loss: it is open.
     """
     try:
-        return int(_path(journal, run, disk).read_text()) <= last
+        return int(content(_path(journal, run, disk))) <= last
     except (FileNotFoundError, ValueError):
         return False
 

@@ -11,7 +11,7 @@ from typing import Any
 from vmrewind.errors import CorruptionError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.reader import Batch, Record, Segment, records
-from vmrewind.journal.runs import RunInfo, run_path
+from vmrewind.journal.runs import read_run
 
 
 def dump(path: Path) -> Iterator[dict[str, Any]]:
@@ -34,10 +34,10 @@ def dump(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _targets(path: Path, run: int) -> dict[int, str]:
-    described = run_path(path.parent, run)
-    if not described.exists():
-        return {}
-    info = RunInfo.from_json(described.read_bytes(), str(described))
+    try:
+        info = read_run(path.parent, run)
+    except (OSError, CorruptionError):
+        return {}  # Only the disks' names are lost with it.
     return {disk.index: disk.target for disk in info.disks}
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vmrewind.errors import CorruptionError
+from vmrewind.journal.content import content
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, sync_directory, write_durably
 
@@ -47,7 +48,7 @@ class Origin:
         """That of a disk, None if no base of it is to be made from elsewhere. Raises CorruptionError."""
         path = Origin.path(journal, target)
         try:
-            plain = json.loads(path.read_bytes())
+            plain = json.loads(content(path))
             where = plain["position"]
             position = Position(int(where["run"], 16), int(where["seq"]), int(where["time_ns"]))
             return cls(str(plain["vm"]), position, str(plain["base"]), str(plain["uuid"]), str(plain.get("lost", "")))
@@ -86,7 +87,7 @@ def filling_by(journal: Path) -> object:
 
 def _filling(journal: Path) -> tuple[list[str], object]:
     try:
-        plain = json.loads((journal / FILLING).read_bytes())
+        plain = json.loads(content(journal / FILLING))
         return [str(target) for target in plain["disks"]], plain.get("by")
     except (FileNotFoundError, NotADirectoryError):
         return [], None

@@ -19,6 +19,7 @@ from typing import Any
 import xxhash
 
 from vmrewind.errors import CorruptionError
+from vmrewind.journal.content import Unreadable, content
 from vmrewind.journal.format import run_name
 
 Report = Callable[[CorruptionError], None]
@@ -142,9 +143,7 @@ class RunInfo:
                 config=str(plain.get("config", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptionError(
-                f"{origin}: not a run's description: {error!r}", "put it back from the repository (vms/<vm>/runs) or from a backup"
-            ) from error
+            raise _no_description(origin, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,16 +185,16 @@ class Head:
         return _sealed(plain)
 
     @classmethod
-    def from_json(cls, data: bytes, origin: str) -> Head:
-        """Parse a file's content; ``origin`` names it in a CorruptionError."""
+    def from_file(cls, path: Path) -> Head:
+        """Read and parse the file. Raises FileNotFoundError, CorruptionError."""
         try:
-            plain = _unsealed(data)
+            plain = _unsealed(content(path))
             images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
             kept = {t: Kept(one["base"], ImageIdentity(**one["identity"])) for t, one in plain.get("kept", {}).items()}
             return cls(_position(plain), images, plain.get("gap"), kept)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(
-                f"{origin}: not a head description: {error!r}",
+                f"{path}: not a head description: {error!r}",
                 "the next start takes the images for changed; or remove it",
             ) from error
 
@@ -230,6 +229,12 @@ def _refuse(error: CorruptionError) -> None:
     raise error
 
 
+def _no_description(origin: str, error: Exception) -> CorruptionError:
+    return CorruptionError(
+        f"{origin}: not a run's description: {error!r}", "put it back from the repository (vms/<vm>/runs) or from a backup"
+    )
+
+
 def described_runs(journal: Path) -> list[int]:
     """Every run that a journal directory has a description of, readable or not, oldest first."""
     try:
@@ -242,7 +247,10 @@ def described_runs(journal: Path) -> list[int]:
 def read_run(journal: Path, run: int) -> RunInfo:
     """A run's description; raises CorruptionError if it makes no sense."""
     path = run_path(journal, run)
-    info = RunInfo.from_json(path.read_bytes(), str(path))
+    try:
+        info = RunInfo.from_json(content(path), str(path))
+    except Unreadable as error:
+        raise _no_description(str(path), error) from error
     if info.run != run:
         raise CorruptionError(f"{path}: describes run {run_name(info.run)}", "put the right file back, from the repository say")
     return info
@@ -269,7 +277,7 @@ def read_head(journal: Path, report: Report = _refuse) -> Head | None:
     """
     path = journal / "head.json"
     try:
-        return Head.from_json(path.read_bytes(), str(path))
+        return Head.from_file(path)
     except FileNotFoundError:
         return None
     except CorruptionError as error:

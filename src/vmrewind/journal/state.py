@@ -28,6 +28,7 @@ _BYPASS: Final = 1 << 31
 _RUN: Final = 32
 _APPLIED: Final = 40
 _CHECKPOINT: Final = 48
+_HINT: Final = "restore it or move the journal away"
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 
@@ -46,6 +47,11 @@ class StatePage:
         try:
             if os.fstat(fd).st_size < SIZE:
                 os.ftruncate(fd, SIZE)
+            try:
+                os.pread(fd, SIZE, 0)
+            except OSError as error:
+                # Through the mapping it would be a signal, and no error.
+                raise CorruptionError(f"{path}: it cannot be read: {error.strerror}", _HINT) from error
             self._map = mmap.mmap(fd, SIZE)
         finally:
             os.close(fd)
@@ -53,7 +59,7 @@ class StatePage:
         if magic == bytes(8):
             self.begin(0)
         elif magic != MAGIC or version != VERSION:
-            raise CorruptionError(f"{path}: not a state page of version {VERSION}", "restore it or move the journal away")
+            raise CorruptionError(f"{path}: not a state page of version {VERSION}", _HINT)
 
     @property
     def applied(self) -> int:

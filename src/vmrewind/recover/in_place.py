@@ -29,11 +29,21 @@ from vmrewind.history.history import History
 from vmrewind.history.reading import read_whole
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
+from vmrewind.journal.content import content
 from vmrewind.journal.copy_before_write import begun_base, made_words
 from vmrewind.journal.format import run_name
 from vmrewind.journal.identity import image_identity
 from vmrewind.journal.origin import Origin, filled, filling
-from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, local_runs, read_head, sync_directory, write_durably
+from vmrewind.journal.runs import (
+    RESTORE_PENDING,
+    Head,
+    Position,
+    described_runs,
+    read_head,
+    read_run,
+    sync_directory,
+    write_durably,
+)
 from vmrewind.paths import VmPaths
 from vmrewind.recover.blocks import BLOCK, differing_runs
 from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
@@ -52,7 +62,7 @@ def pending(journal: Path) -> tuple[Position, list[str]] | None:
     """(position, targets) of a restore in place that was begun and not completed, None if there is none."""
     path = journal / RESTORE_PENDING
     try:
-        plain: dict[str, Any] = json.loads(path.read_bytes())
+        plain: dict[str, Any] = json.loads(content(path))
         return Position(int(plain["run"], 16), plain["seq"], plain["time_ns"]), list(plain["disks"])
     except FileNotFoundError:
         return None
@@ -186,18 +196,18 @@ def _recover(journal: Path, targets: Sequence[str]) -> None:
             # Noted where it lasts: recovering again would find the images as it left them itself.
             write_durably(journal / "head.json", Head(recovered.position, {}, cause).to_json())
     except VmrewindError:
-        runs = local_runs(journal)
-        if not runs or any(disk.target not in targets for disk in runs[-1].disks):
+        runs = described_runs(journal)
+        if not runs or any(disk.target not in targets for disk in read_run(journal, runs[-1]).disks):
             raise
         # Every disk is about to be made another one: what cannot be recovered is not needed.
 
 
 def _unprotected_since(journal: Path, recovered: Recovered) -> str | None:
     """Why the images hold what the journal never had, None if nothing tells so."""
-    for info in local_runs(journal):
+    for run in described_runs(journal):
         # It was declared when protection was lost, and no capture has begun it since.
-        if info.run > recovered.position.run and info.gaps:
-            return next(iter(info.gaps.values())).cause
+        if run > recovered.position.run and (gaps := read_run(journal, run).gaps):
+            return next(iter(gaps.values())).cause
     return "the image was used without vmrewind after the last run died" if recovered.changed else None
 
 

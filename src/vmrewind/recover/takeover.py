@@ -24,6 +24,7 @@ from vmrewind.history.branch import Branch
 from vmrewind.history.configuration import config_of
 from vmrewind.history.history import History
 from vmrewind.history.resolve import resolve
+from vmrewind.journal.content import content
 from vmrewind.journal.copy_before_write import remove
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.format import run_name
@@ -45,6 +46,7 @@ from vmrewind.recover.claim import end_of, register, takeover_run
 from vmrewind.recover.in_place import stopped
 from vmrewind.recover.restore import Progress, restore
 from vmrewind.repository.repository import VmRepository
+from vmrewind.start.identity import known_uuid
 from vmrewind.start.images import refuse_half_restored
 from vmrewind.start.known_repository import note_repository
 from vmrewind.start.saved_state import refuse_change
@@ -105,7 +107,7 @@ class _Note:
     def read(cls, journal: Path) -> _Note | None:
         path = journal / TAKEOVER_PENDING
         try:
-            plain: dict[str, Any] = json.loads(path.read_bytes())
+            plain: dict[str, Any] = json.loads(content(path))
             return cls(
                 Path(plain["directory"]),
                 plain["at"],
@@ -168,13 +170,11 @@ def take_over(
 
 def _refuse_another(paths: VmPaths, repository: VmRepository) -> None:
     """Two VMs of one name would share their local state."""
-    with contextlib.suppress(FileNotFoundError):
-        known, wanted = str(json.loads(paths.identity.read_bytes())["uuid"]), repository.uuid()
-        if known != wanted:
-            raise VmStateError(
-                f"{repository.name}: this host knows another VM of that name (uuid {known}, the repository's has {wanted})",
-                f"move {paths.state} away if that one is gone for good",
-            )
+    if (known := known_uuid(paths)) is not None and known != (wanted := repository.uuid()):
+        raise VmStateError(
+            f"{repository.name}: this host knows another VM of that name (uuid {known}, the repository's has {wanted})",
+            f"move {paths.state} away if that one is gone for good",
+        )
 
 
 def _noted(journal: Path, directory: Path, at: str | None) -> _Note | None:

@@ -58,7 +58,7 @@ def local_bases(paths: VmPaths, disk: str) -> list[BaseCopy]:
     for path in sorted((paths.bases / disk).glob("*.json"), reverse=True):
         try:
             manifest = Manifest.from_json(path.read_bytes(), str(path))
-        except CorruptionError:
+        except (OSError, CorruptionError):
             # A copy only: the repository has the manifest. At worst a base is made that was not needed.
             continue
         found.append(BaseCopy(manifest.id, manifest.disk, manifest.uuid, manifest.size, manifest.identity))

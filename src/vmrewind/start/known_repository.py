@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Final
 
+from vmrewind.journal.content import Unreadable, content
 from vmrewind.journal.runs import write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.repository.url import place_of
@@ -35,6 +36,6 @@ def is_where_it_was(paths: VmPaths, url: str) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
+        return content(path)
+    except (FileNotFoundError, Unreadable):
         return b""

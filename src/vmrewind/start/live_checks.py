@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import subprocess
 import time
@@ -24,6 +23,7 @@ from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.children import CaptureChild
 from vmrewind.start.hook_script import Installed, install, reload_daemons
+from vmrewind.start.identity import known_uuid
 from vmrewind.start.images import check_image, known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.saved_state import SAVED_STATES
 from vmrewind.start.supersession import ask
@@ -65,13 +65,11 @@ def check_history(config: VmConfig, paths: VmPaths) -> VmRepository:
 
 
 def _check_identity(config: VmConfig, paths: VmPaths) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        known = json.loads(paths.identity.read_bytes())["uuid"]
-        if known != config.uuid:
-            raise VmStateError(
-                f"{config.name}: this host knows a VM of that name with uuid {known}, not {config.uuid}",
-                f"rename one of them, or move {paths.state} away if the old one is gone for good",
-            )
+    if (known := known_uuid(paths)) not in (None, config.uuid):
+        raise VmStateError(
+            f"{config.name}: this host knows a VM of that name with uuid {known}, not {config.uuid}",
+            f"rename one of them, or move {paths.state} away if the old one is gone for good",
+        )
 
 
 def _check_known_disks(config: VmConfig, journal: Path) -> None:

@@ -7,7 +7,6 @@ is a gap with a cause, because what happened to it then is not known.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import time
@@ -36,6 +35,7 @@ from vmrewind.repository.repository import VmRepository
 from vmrewind.ship.noted import forget_shipped_elsewhere
 from vmrewind.start.bases import Progress, back_up, begin, complete_begun, is_of, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
+from vmrewind.start.identity import known_uuid
 from vmrewind.start.images import refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
 from vmrewind.start.origins import first_bases
@@ -191,8 +191,7 @@ class Planner:
 
     def vm_uuid(self) -> str:
         """The VM's identity: given, known from earlier, or new."""
-        with contextlib.suppress(FileNotFoundError):
-            known = str(json.loads(self.paths.identity.read_bytes())["uuid"])
+        if (known := known_uuid(self.paths)) is not None:
             if self.config.uuid not in (None, known):
                 raise VmStateError(
                     f"{self.config.name}: this host knows a VM of that name with uuid {known}, not {self.config.uuid}",

@@ -6,6 +6,7 @@ import json
 from typing import Final
 
 from vmrewind.errors import UsageError
+from vmrewind.journal.content import content
 from vmrewind.journal.runs import write_durably
 from vmrewind.paths import VmPaths
 from vmrewind.vmconfig.model import Protection
@@ -17,7 +18,7 @@ UNCHANGED: Final = -1
 def read_wanted(paths: VmPaths) -> list[str]:
     """The disks that ship carries, by target; empty when it is idle."""
     try:
-        return [str(target) for target in json.loads(paths.ship.read_bytes())["disks"]]
+        return [str(target) for target in json.loads(content(paths.ship))["disks"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         # Damaged: ship takes it for nothing as well, and the next start writes it anew.
         return []
@@ -32,7 +33,7 @@ def carried_disks(paths: VmPaths, protection: Protection) -> list[str]:
 
 def _read_limit(paths: VmPaths) -> int | None:
     try:
-        limit = json.loads(paths.ship.read_bytes()).get("bandwidth_limit")
+        limit = json.loads(content(paths.ship)).get("bandwidth_limit")
         return limit if type(limit) is int else None
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         return None

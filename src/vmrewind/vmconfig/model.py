@@ -18,6 +18,7 @@ from typing import Final, Literal
 import msgspec
 
 from vmrewind.errors import ConfigError, CorruptionError, RepositoryError, VmStateError
+from vmrewind.journal.content import Unreadable, content
 from vmrewind.journal.runs import write_durably
 from vmrewind.repository.address import is_object_store, parse_address
 from vmrewind.repository.url import CREDENTIALS_HINT, holds_credentials, redacted
@@ -107,16 +108,14 @@ class VmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def load_saved(cls, path: Path) -> VmConfig:
         """Read what :meth:`save` wrote. Raises VmStateError if there is no such file, CorruptionError for a bad one."""
         try:
-            data = path.read_bytes()
+            config = msgspec.json.decode(content(path), type=cls)
+            validate(config)
         except FileNotFoundError:
             raise VmStateError(
                 f"no VM called {path.parent.name!r} is known on this host ({path} does not exist)",
                 "give its TOML file, or start the VM with protection once",
             ) from None
-        try:
-            config = msgspec.json.decode(data, type=cls)
-            validate(config)
-        except (msgspec.MsgspecError, UnicodeDecodeError, Invalid) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, Unreadable, Invalid) as error:
             raise CorruptionError(
                 f"{path}: not a saved VM configuration: {error}", "start the VM once more: that writes the file anew"
             ) from error
