@@ -116,6 +116,12 @@ class FileError(VmrewindError):
     kind = "file"
 
 
+class NoSuchFileError(FileError):
+    """Nothing is at a path inside a disk; that it is so, and not merely unreadable, is known."""
+
+    kind = "no-such-file"
+
+
 class GuestAgentError(VmrewindError):
     """The guest agent is missing, does not answer, or did not freeze the guest's file systems as asked; nothing was marked."""
 
@@ -125,7 +131,8 @@ class GuestAgentError(VmrewindError):
 
 def by_kind(kind: str, message: str, hint: str = "") -> VmrewindError:
     """The error of class ``kind``, rebuilt in another process from its JSON form."""
-    for cls in VmrewindError.__subclasses__():
+    classes: list[type[VmrewindError]] = [*VmrewindError.__subclasses__(), *FileError.__subclasses__()]
+    for cls in classes:
         if cls.kind == kind:
             return cls(message, hint)
     return VmrewindError(message, hint)

@@ -310,6 +310,32 @@ def test_windows_disks_and_logical_volumes_in_history(
         assert (place / passwd[1:]).read_bytes() == content and (place / "large.bin").read_bytes() == LARGE
 
 
+def test_damage_is_told_by_every_command(tmp_path: Path) -> None:
+    image = fs.ext(tmp_path / "image", 4 * MIB, make_source(tmp_path / "source", EARLIER))
+    whole = image.read_bytes()
+    (root, *_) = fs.run("debugfs", "-R", "blocks <2>", image).split()
+    broken = bytearray(whole)
+    broken[int(root) * 1024 : (int(root) + 1) * 1024] = bytes(1024)
+    fs.debugfs(image, "clri <2>")
+    states = {"whole": whole, "broken": bytes(broken), "cleared": image.read_bytes()}
+    alone, before = Alone(tmp_path), bytes(4 * MIB)
+    with alone.serving() as ready:
+        for name, state in states.items():
+            fs.write_changes(ready, before, state)
+            vmrewind("mark", alone.config, name)
+            before = state
+        for name, what in (("broken", "is damaged"), ("cleared", "its inode is damaged")):
+            for command in (
+                ("ls", alone.config, "--at", f"@{name}", "/"),
+                ("get", alone.config, "--at", f"@{name}", "/", tmp_path / f"out-{name}", "-r"),
+                ("diff", alone.config, "--from", "@whole", "--to", f"@{name}"),
+                ("diff", alone.config, "--from", f"@{name}", "--to", "@whole", "/etc"),
+            ):
+                done = vmrewind(*map(str, command), check=False)
+                assert done.returncode == 13 and what in done.stdout + done.stderr, (command, done)
+                assert not any(line.startswith(("A ", "D ")) for line in done.stdout.splitlines()), done.stdout
+
+
 def test_a_missing_library_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_LIBRARIES", ("pytsk3", "no_such_library"))
     with pytest.raises(UsageError, match="no_such_library not installed") as told:

@@ -208,7 +208,7 @@ def walk(reader: Reader, volume: str, inode: int, seen: set[int]) -> None:
     if inode in seen or len(seen) > 20:
         return
     seen.add(inode)
-    for entry in reader.entries(volume, inode):
+    for entry in reader.entries(volume, inode).entries:
         if entry.kind == "directory":
             walk(reader, volume, entry.inode, seen)
         elif entry.kind == "file" and entry.size < MIB:

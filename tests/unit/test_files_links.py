@@ -49,7 +49,7 @@ def opened(reader: Reader, content: bytes) -> tuple[str, Entry]:
 def entries(reader: Reader, content: bytes) -> dict[str, Entry]:
     """What is in the root directory."""
     volume, root = opened(reader, content)
-    return {os.fsdecode(entry.name): entry for entry in reader.entries(volume, root.inode)}
+    return {os.fsdecode(entry.name): entry for entry in reader.entries(volume, root.inode).entries}
 
 
 def fetch(reader: Reader, content: bytes, out: Path) -> Fetched:

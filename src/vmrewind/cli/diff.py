@@ -21,14 +21,14 @@ from vmrewind.cli.inside import (
     tell_notes,
     volume_data,
 )
-from vmrewind.errors import FileError, MomentError
+from vmrewind.errors import FileError, MomentError, NoSuchFileError
 from vmrewind.history.changes import changed_ranges
 from vmrewind.history.moments import FORMS
 from vmrewind.journal.runs import Position
 from vmrewind.recover.files.client import Reader, require_libraries
 from vmrewind.recover.files.compare import Comparison, Difference, Ranges
 from vmrewind.recover.files.names import as_json, shown
-from vmrewind.recover.files.opening import disks_at, readable
+from vmrewind.recover.files.opening import disks_at, problem_of, readable
 from vmrewind.recover.files.wire import Entry, Volume
 
 _LETTERS = {"added": "A", "changed": "M", "removed": "D", "unreadable": "?"}
@@ -52,26 +52,34 @@ def diff(
         there = stack.enter_context(chosen(vm, branch))
         one, other = there.at(from_), there.at(to)
         before, after = stack.enter_context(Reader()), stack.enter_context(Reader())
-        old = readable(before.open(disks_at(there.history, there.targets, one), replay=replay), partition)
-        new = readable(after.open(disks_at(there.history, there.targets, other), replay=replay), partition)
+        seen = [
+            (reader, reader.open(disks_at(there.history, there.targets, position), replay=replay))
+            for reader, position in ((before, one), (after, other))
+        ]
         if not json:
             tell_moment(there, one)
             tell_moment(there, other)
         changed = _changed(there, one, other)
-        names = {volume.name: volume for volume in [*old, *new]}
+        names = {volume.name: volume for _, volumes in seen for volume in readable(volumes, partition)}
         data: list[dict[str, Any]] = []
         missing: FileError | None = None
-        compared = 0
+        compared, unreadable = 0, False
         for name, volume in names.items():
-            entries = []
-            for reader, volumes in ((before, old), (after, new)):
+            entries, problem = [], ""
+            for reader, volumes in seen:
                 entry, error = _at(reader, volumes, name, path)
                 entries.append(entry)
                 missing = missing or error
-            if entries == [None, None]:
+                if error is not None and not isinstance(error, NoSuchFileError):
+                    problem = str(error)
+            if problem:
+                found = [Difference(os.fsencode(path), "unreadable", (problem,))]
+            elif entries == [None, None]:
                 continue
+            else:
+                found = list(Comparison(before, after, name, changed).differences(os.fsencode(path), *entries))
             compared += 1
-            found = Comparison(before, after, name, changed).differences(os.fsencode(path), *entries)
+            unreadable = unreadable or any(difference.change == "unreadable" for difference in found)
             if json:
                 data.append({"volume": volume_data(volume), "differences": [_as_data(difference) for difference in found]})
                 continue
@@ -82,11 +90,13 @@ def diff(
             raise missing or FileError("there is no file system that can be read", "ls without a path shows what there is")
         if json:
             print(json_module.dumps({"vm": there.name, "from": position_data(one), "to": position_data(other), "volumes": data}))
-    return 0
+        return FileError.exit_code if unreadable else 0
 
 
 def _at(reader: Reader, volumes: list[Volume], name: str, path: str) -> tuple[Entry | None, FileError | None]:
-    if all(volume.name != name for volume in volumes):
+    if problem := problem_of(volumes, name):
+        return None, FileError(problem)
+    if all(volume.name != name or not volume.readable for volume in volumes):
         return None, None
     try:
         return reader.lookup(name, os.fsencode(path)), None

@@ -21,10 +21,12 @@ from vmrewind.cli.inside import (
     looking,
     tell_moment,
     tell_notes,
+    tell_paths,
     volume_data,
 )
-from vmrewind.errors import UsageError
+from vmrewind.errors import FileError, UsageError
 from vmrewind.history.moments import format_time
+from vmrewind.recover.files.client import Listing
 from vmrewind.recover.files.names import shown
 from vmrewind.recover.files.opening import choose
 from vmrewind.recover.files.wire import Entry, Volume
@@ -54,7 +56,7 @@ def ls(
     replay: Replay = False,
     branch: BranchOption = None,
     json: Json = False,
-) -> None:
+) -> int:
     """List what was in a disk at a moment: a directory, a file or, without a path, partitions and file systems."""
     if path is None and partition is not None:
         raise UsageError("--partition is for a path", "add the path, for example /")
@@ -67,16 +69,22 @@ def ls(
                 print(json_module.dumps(data | {"volumes": [volume_data(volume) for volume in volumes]}))
             else:
                 _show_volumes(volumes)
-            return
+            return 0
         volume, entry = choose(reader, volumes, partition, os.fsencode(path))
-        entries = reader.entries(volume.name, entry.inode) if entry.kind == "directory" else [entry]
+        listing = reader.entries(volume.name, entry.inode) if entry.kind == "directory" else Listing([entry], "")
+        entries = listing.entries
+        code = FileError.exit_code if listing.problem or any(each.problem for each in entries) else 0
         if json:
-            listed = {"path": path, "kind": entry.kind, "entries": [entry_data(entry) for entry in entries]}
+            shown_entries = [entry_data(entry) for entry in entries]
+            listed = {"path": path, "kind": entry.kind, "entries": shown_entries, "problem": listing.problem or None}
             print(json_module.dumps(data | {"volume": volume_data(volume)} | listed))
-            return
+            return code
         tell_notes(volume)
         for entry in entries:
             print(_line(entry))
+        if listing.problem:
+            tell_paths([(os.fsencode(path), listing.problem)], "not all is listed")
+        return code
 
 
 def _show_volumes(volumes: list[Volume]) -> None:

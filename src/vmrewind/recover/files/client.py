@@ -45,6 +45,14 @@ class ImageOf:
     format: str
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What is in a directory, in order of names. ``problem``: why there may be more than could be read; empty if that is all."""
+
+    entries: list[wire.Entry]
+    problem: str
+
+
 Disks = Mapping[str, list[ImageOf]]
 """By target: the chain of images, the top one first."""
 
@@ -96,9 +104,15 @@ class Reader:
         """What is at a path; raises FileError."""
         return self._one(wire.Lookup(volume, path), wire.Entry)
 
-    def entries(self, volume: str, inode: int) -> list[wire.Entry]:
-        """What is in a directory, in order of names."""
-        return sorted(self._ask(wire.ListDirectory(volume, inode), wire.Entry), key=lambda entry: entry.name)
+    def entries(self, volume: str, inode: int) -> Listing:
+        """What is in a directory."""
+        found: list[wire.Entry] = []
+        problem = ""
+        try:
+            found.extend(self._ask(wire.ListDirectory(volume, inode), wire.Entry))
+        except FileError as error:
+            problem = str(error)
+        return Listing(sorted(found, key=lambda entry: entry.name), problem)
 
     def content(self, volume: str, inode: int) -> Iterator[wire.Piece]:
         """A file's content, but for holes."""

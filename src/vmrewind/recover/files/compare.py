@@ -13,7 +13,7 @@ from vmrewind.recover.files.client import Reader
 from vmrewind.recover.files.wire import Entry, Piece
 
 _DEPTH_MAX: Final = 200
-_FIELDS: Final = ("kind", "size", "mode", "uid", "gid", "mtime_ns", "target", "problem")
+_FIELDS: Final = ("kind", "size", "mode", "uid", "gid", "mtime_ns", "target")
 _ZEROES: Final = bytes(1 << 20)
 
 Ranges = Sequence[tuple[int, int]]
@@ -48,11 +48,11 @@ class Comparison:
         if one is None or other is None:
             yield Difference(path, "added" if one is None else "removed", ())
         else:
+            if one.problem or other.problem:
+                yield Difference(path, "unreadable", (other.problem or one.problem,))
+                return
             try:
-                what = self._what(one, other)
-                if one.problem and other.problem:
-                    yield Difference(path, "unreadable", (other.problem,))
-                elif what:
+                if what := self._what(one, other):
                     yield Difference(path, "changed", what)
             except FileError as error:
                 yield Difference(path, "unreadable", (str(error),))
@@ -64,12 +64,15 @@ class Comparison:
             yield Difference(path, "unreadable", ("directories are in themselves, or too deep",))
             return
         self._seen.add(key)
-        try:
-            old, new = _below(self._before, self._volume, one), _below(self._after, self._volume, other)
-        except FileError as error:
-            yield Difference(path, "unreadable", (str(error),))
-            return
-        for name in sorted(old.keys() | new.keys()):
+        (old, old_problem), (new, new_problem) = (
+            _below(self._before, self._volume, one),
+            _below(self._after, self._volume, other),
+        )
+        if old_problem or new_problem:
+            yield Difference(path, "unreadable", (new_problem or old_problem,))
+        # What a damaged directory shows is neither all that it has nor all its own: names that one side lacks tell nothing.
+        damaged = bool(old_problem or new_problem)
+        for name in sorted(old.keys() & new.keys() if damaged else old.keys() | new.keys()):
             yield from self._entries(path.rstrip(b"/") + b"/" + name, old.get(name), new.get(name), depth + 1)
 
     def _what(self, one: Entry, other: Entry) -> tuple[str, ...]:
@@ -92,10 +95,11 @@ class Comparison:
         return _differ(self._before.content(self._volume, one.inode), self._after.content(self._volume, other.inode))
 
 
-def _below(reader: Reader, volume: str, entry: Entry | None) -> dict[bytes, Entry]:
+def _below(reader: Reader, volume: str, entry: Entry | None) -> tuple[dict[bytes, Entry], str]:
     if entry is None or entry.kind != "directory":
-        return {}
-    return {child.name: child for child in reader.entries(volume, entry.inode)}
+        return {}, ""
+    listing = reader.entries(volume, entry.inode)
+    return {child.name: child for child in listing.entries}, listing.problem
 
 
 def _differ(one: Iterator[Piece], other: Iterator[Piece]) -> bool:

@@ -13,6 +13,7 @@ from typing import Final
 
 from vmrewind.errors import FileError
 from vmrewind.recover.files.blocks import Blocks
+from vmrewind.recover.files.crc32c import crc32c
 from vmrewind.recover.files.tsk import SleuthKit
 
 _MAGIC: Final = 0xC03B3998
@@ -182,18 +183,3 @@ def _open(blocks: Blocks) -> _Journal | None:
     if exponent > 6:
         raise FileError(f"a block size of 2^{10 + exponent} bytes is not known here")
     return _Journal(SleuthKit(blocks, "ext4", []).blocks_of(inode), 1024 << exponent)
-
-
-_TABLE: Final = []
-for _byte in range(256):
-    for _ in range(8):
-        _byte = _byte >> 1 ^ (0x82F63B78 if _byte & 1 else 0)
-    _TABLE.append(_byte)
-
-
-def crc32c(crc: int, data: bytes) -> int:
-    """As the kernel's: continued from ``crc``, without inversion."""
-    table = _TABLE
-    for byte in data:
-        crc = table[(crc ^ byte) & 255] ^ crc >> 8
-    return crc

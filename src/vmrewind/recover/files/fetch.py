@@ -120,11 +120,10 @@ class Fetcher:
         self.fetched.directories += 1
 
     def _children(self, entry: Entry, path: tuple[bytes, ...]) -> list[Entry]:
-        try:
-            return self._reader.entries(self._volume, entry.inode)
-        except FileError as error:
-            self.fetched.problems.append((b"/".join(path), str(error)))
-            return []
+        listing = self._reader.entries(self._volume, entry.inode)
+        if listing.problem:
+            self.fetched.problems.append((b"/".join(path), listing.problem))
+        return listing.entries
 
     def _file(self, entry: Entry, parent: int, path: tuple[bytes, ...]) -> None:
         if entry.links > 1 and (first := self._first_names.get(entry.inode)) is not None:

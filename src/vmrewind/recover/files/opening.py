@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from vmrewind.errors import FileError, ImageError, UsageError
+from vmrewind.errors import FileError, ImageError, NoSuchFileError, UsageError
 from vmrewind.history.history import History
 from vmrewind.history.view import View
 from vmrewind.journal.runs import Position
@@ -16,6 +16,7 @@ from vmrewind.recover.files.names import shown
 from vmrewind.recover.files.wire import Entry, Volume
 from vmrewind.vmconfig.chain import backing_chain
 
+_NEVER_READ: Final = ("lvm", "luks")
 _BACKING_FORMAT: Final = 0xE2792ACA
 
 
@@ -87,7 +88,8 @@ def choose(reader: Reader, volumes: Sequence[Volume], wanted: str | None, path: 
         try:
             found.append((volume, reader.lookup(volume.name, path)))
         except FileError as failed:
-            error = error or failed
+            # That a path is not in one file system says less than that another cannot be looked into.
+            error = failed if error is None or isinstance(error, NoSuchFileError) else error
     if not found:
         assert error is not None, "each was looked at"
         notes = "; ".join(f"{volume.name}: {note}" for volume in possible for note in volume.notes)
@@ -109,6 +111,12 @@ def readable(volumes: Sequence[Volume], wanted: str | None) -> list[Volume]:
     return exact or [
         volume for volume in found if "/" not in volume.name and volume.name.rstrip("0123456789") + wanted == volume.name
     ]
+
+
+def problem_of(volumes: Sequence[Volume], name: str) -> str:
+    """Why a file system of a kind that is read here cannot be opened; empty if there is none of this name, or it can be."""
+    broken = (v for v in volumes if v.name == name and not v.readable and v.filesystem not in ("", *_NEVER_READ))
+    return "; ".join(note for volume in broken for note in volume.notes)
 
 
 def _unknown(volumes: Sequence[Volume], wanted: str) -> FileError | UsageError:

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vmrewind.errors import FileError, MomentError
+from vmrewind.errors import FileError, MomentError, NoSuchFileError
 from vmrewind.history.branch import Branch
 from vmrewind.history.history import History
 from vmrewind.history.layers import effective
@@ -27,7 +27,7 @@ from vmrewind.history.view import View
 from vmrewind.journal.format import Op
 from vmrewind.journal.runs import DiskInfo, Position
 from vmrewind.recover.files.client import Reader
-from vmrewind.recover.files.opening import chain_of, readable
+from vmrewind.recover.files.opening import chain_of, problem_of, readable
 from vmrewind.repository.segment import Rows
 
 Between = tuple[Position, Position]
@@ -174,7 +174,11 @@ def changes(
 
 def _look(reader: Reader, rolling: _Rolling, target: str, path: bytes, wanted: str | None, *, replay: bool) -> dict[str, State]:
     states = {}
-    for volume in readable(reader.open({target: chain_of(rolling.view, rolling)}, replay=replay), wanted):
+    volumes = reader.open({target: chain_of(rolling.view, rolling)}, replay=replay)
+    if wanted is None:
+        problems = {volume.name: problem_of(volumes, volume.name) for volume in volumes}
+        states = {name: State("unreadable", problem=problem) for name, problem in problems.items() if problem}
+    for volume in readable(volumes, wanted):
         try:
             entry = reader.lookup(volume.name, path)
             digest = xxhash.xxh3_128()
@@ -193,9 +197,10 @@ def _look(reader: Reader, rolling: _Rolling, target: str, path: bytes, wanted: s
                 digest.hexdigest() if entry.kind == "file" else "",
                 entry.problem,
             )
+        except NoSuchFileError:
+            continue
         except FileError as error:
-            if "is not there" not in str(error) and "is not a directory" not in str(error):
-                states[volume.name] = State("unreadable", problem=str(error))
+            states[volume.name] = State("unreadable", problem=str(error))
     return states
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, Protocol
 
-from vmrewind.errors import FileError
+from vmrewind.errors import FileError, NoSuchFileError
 from vmrewind.recover.files.names import shown
 from vmrewind.recover.files.wire import Entry, Piece
 
@@ -26,7 +26,7 @@ class FileSystem(Protocol):
         """The root directory."""
 
     def entries(self, inode: int) -> Iterator[Entry]:
-        """What is in a directory, without ``.`` and ``..``."""
+        """What is in a directory, without ``.`` and ``..``. Raises FileError at the end if it is damaged, and may hold more."""
 
     def content(self, inode: int) -> Iterator[Piece]:
         """A file's content in order of offset, but for holes."""
@@ -49,18 +49,20 @@ def lookup(system: FileSystem, path: bytes) -> Entry:
     """What is at a path; symbolic links on the way are followed within the file system, the last name is not. Raises FileError."""
     trail = [system.root()]
     left = [name for name in path.split(b"/") if name not in (b"", b".")][::-1]
+    if trail[0].problem:
+        raise FileError(f"the root directory cannot be followed: {trail[0].problem}")
     links = 0
     while left:
         name = left.pop()
         here = trail[-1]
         if here.kind != "directory":
-            raise FileError(f"{shown(path)}: {shown(here.name)} is not a directory")
+            raise NoSuchFileError(f"{shown(path)}: {shown(here.name)} is not a directory")
         if name == b"..":
             trail = trail[:-1] or trail
             continue
         found = _child(system, here, name)
         if found is None:
-            raise FileError(f"{shown(path)}: is not there", "ls of a directory above it shows what is")
+            raise NoSuchFileError(f"{shown(path)}: is not there", "ls of a directory above it shows what is")
         if found.problem and left:
             raise FileError(f"{shown(path)}: {shown(name)} cannot be followed: {found.problem}")
         if found.kind == "symlink" and left:

@@ -12,6 +12,7 @@ import pytsk3
 
 from vmrewind.errors import FileError
 from vmrewind.recover.files.blocks import Blocks, Stream
+from vmrewind.recover.files.ext_directories import damage
 from vmrewind.recover.files.ext_inodes import ExtInodes
 from vmrewind.recover.files.tree import TARGET_BYTES_MAX, whole_target
 from vmrewind.recover.files.wire import PIECE_BYTES, Entry, Piece
@@ -32,6 +33,7 @@ _NTFS_VOLUME: Final = 3
 _VOLUME_NAME, _VOLUME_INFORMATION = 0x60, 0x70
 _COMPRESSED_ENCRYPTED: Final = 0x20 | 0x40
 """TSK_FS_ATTR_COMP, TSK_FS_ATTR_ENC"""
+_FAT_ITSELF: Final = b".          "
 _NONRESIDENT: Final = 0x02
 _HOLE: Final = 0x01 | 0x02
 """TSK_FS_ATTR_RUN_FLAG_FILLER, _SPARSE: reads as zeroes"""
@@ -118,6 +120,23 @@ class SleuthKit:
             if name.type in _VIRTUAL or self._is_ntfs_own(int(name.meta_addr)):
                 continue
             yield self._entry(bytes(name.name), meta, int(name.meta_addr))
+        if self._inodes is not None:
+            self._check_ext_directory(self._inodes, inode)
+        elif self.kind.startswith("fat") and inode != int(self._system.info.root_inum):
+            begin = self.blocks_of(inode).read(0, len(_FAT_ITSELF))
+            if begin != _FAT_ITSELF:
+                raise FileError(f"the directory with inode {inode} is damaged: it does not begin with itself")
+
+    def _check_ext_directory(self, inodes: ExtInodes, inode: int) -> None:
+        seed, has_blocks = inodes.directory(inode)
+        if not has_blocks:
+            return
+        content, block = self.blocks_of(inode), inodes.block
+        for at in range(0, max(content.size, block), block):
+            data = content.read(at, block)
+            what = damage(data, inode, seed, first=not at) if len(data) == block else "it is not there"
+            if what:
+                raise FileError(f"the directory with inode {inode} is damaged: block {at // block}: {what}")
 
     def _is_ntfs_own(self, inode: int) -> bool:
         return self.kind == "ntfs" and inode <= _NTFS_OWN_MAX
@@ -133,6 +152,8 @@ class SleuthKit:
                 times = self._inodes.times(inode)
             except FileError as error:
                 return Entry(name, inode, "unknown", problem=str(error))
+        if kind == "unknown":
+            problem = "what it is cannot be told: its inode is damaged"
         if kind == "symlink":
             try:
                 target = self._target(inode, bytes(meta.link or b""), size)

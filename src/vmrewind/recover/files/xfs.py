@@ -66,13 +66,16 @@ class Xfs:
             count = directory.number_of_sub_file_entries
         except OSError as error:
             raise FileError(f"the directory with inode {inode} cannot be read: {_told(error)}") from error
+        problems = []
         for number in range(count):
             try:
                 file = directory.get_sub_file_entry(number)
                 yield self._entry(file.name.encode("utf-8", "surrogateescape"), file)
             except OSError as error:
                 # libfsxfs gives names as text, and cannot give one that is not UTF-8.
-                yield Entry(b"?", 0, "unknown", problem=f"entry {number}: {_told(error)}")
+                problems.append(f"entry {number}: {_told(error)}")
+        if problems:
+            raise FileError(f"the directory with inode {inode}: {len(problems)} entries cannot be read, the first: {problems[0]}")
 
     def _file(self, inode: int) -> Any:
         try:
@@ -82,7 +85,7 @@ class Xfs:
 
     def _entry(self, name: bytes, file: Any) -> Entry:
         kind = _KINDS.get(stat.S_IFMT(file.file_mode), "unknown")
-        target, problem = b"", ""
+        target, problem = b"", "" if kind != "unknown" else "what it is cannot be told: its inode is damaged"
         if kind == "symlink":
             try:
                 target = self._target(file)
