@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -45,6 +46,10 @@ def _limit(text: str | None) -> int | None:
     return limit
 
 
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
 def _switch(vm: str, disks: list[str], *, on: bool, limit: int | None = UNCHANGED, json: bool) -> None:
     handle = open_vm(vm)
     known = [disk.target for disk in handle.require_config().protection.disk]
@@ -53,12 +58,12 @@ def _switch(vm: str, disks: list[str], *, on: bool, limit: int | None = UNCHANGE
     if json:
         if on and wanted and not alive:
             with byte_progress(json=True) as update:
-                finish_shipping(handle, update)
+                finish_shipping(handle, update, _say)
         print(json_module.dumps({"vm": handle.name, "shipping": wanted, "running": alive}))
         return
     print(f"{handle.name}: shipping {', '.join(wanted) if wanted else 'nothing'}")
     if on and wanted and not alive:
         print(f"{handle.name} is not running: carrying what its journal holds")
         with byte_progress() as update:
-            finish_shipping(handle, update)
+            finish_shipping(handle, update, _say)
         print("the repository has everything")

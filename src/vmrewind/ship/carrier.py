@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.errors import CorruptionError
-from vmrewind.ship.cursor import Cursor, Hole, Patience
+from vmrewind.journal import format as fmt
+from vmrewind.ship.cursor import Cursor, Hole
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
+from vmrewind.ship.patience import Patience
 from vmrewind.ship.plan import Entry
 
 AGE_SECONDS: Final = 1.0
@@ -38,7 +40,8 @@ class Carrier:
 
     def __init__(self, journal: Path, entry: Entry, patience: Patience, *, growing: bool) -> None:
         self.entry = entry
-        self.cursor = Cursor(journal, entry.run, entry.first, growing=growing, patience=patience)
+        carried = {index for index in range(64) if entry.mask >> index & 1} | {fmt.ALL_DISKS}
+        self.cursor = Cursor(journal, entry.run, entry.first, growing=growing, patience=patience, disks=carried)
         self.gathered = Gathered(entry, entry.first)
         self._due_at: float | None = None
         self._since = time.monotonic()

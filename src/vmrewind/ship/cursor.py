@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -13,15 +14,23 @@ import xxhash
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal import format as fmt
-from vmrewind.journal.reader import Batch, Segment, SegmentFile, SegmentHeader, segment_files, unpack_segment_header
+from vmrewind.journal.reader import (
+    Batch,
+    Segment,
+    SegmentFile,
+    SegmentHeader,
+    UnreadableHeader,
+    records,
+    segment_files,
+    unpack_segment_header,
+)
+from vmrewind.ship.patience import Patience, Unreadable
 
 T = TypeVar("T")
 
 _xxh3 = xxhash.xxh3_64_intdigest
 _LIST_SECONDS: Final = 1.0
 """How often, at the end of a growing journal, all of the directory is looked at and not just for the next segment."""
-UNREADABLE_SECONDS: Final = 600.0
-"""What storage fails to give back for so long is damage: a path to it that went away has come back by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +50,34 @@ class Hole:
     cause: str
 
 
-class Patience:
-    """Since when the journal's storage has failed to give back what. One for all cursors that take up one another's work."""
-
-    def __init__(self, seconds: float | None = None) -> None:
-        self._seconds = UNREADABLE_SECONDS if seconds is None else seconds
-        self._since: dict[tuple[Path, int], float] = {}
-
-    def ends(self, path: Path, offset: int) -> bool:
-        """Whether what lies there, which cannot be read now, is damage."""
-        now = time.monotonic()
-        return now - self._since.setdefault((path, offset), now) >= self._seconds
-
-
 class Cursor:
     """A place in a run's journal; ``next_seq`` is the first seq that was not returned yet.
 
-    ``growing``: the run is the newest, its end is not final. Without ``payloads`` only headers and tables are read.
+    ``growing``: the run is the newest, its end is not final. Without ``payloads`` only headers and tables are read, with ``disks``
+    (indexes) only the payloads of their records need be whole: what is damaged of others is whatever it is.
     The segment being read is kept, by a shared lock, until ``release``, which keeps the place; those behind it may be recycled.
     What storage does not give back is an error as long as ``patience`` lasts (none: not at all), then damage.
     """
 
     def __init__(
-        self, journal: Path, run: int, seq: int, *, growing: bool, payloads: bool = True, patience: Patience | None = None
+        self,
+        journal: Path,
+        run: int,
+        seq: int,
+        *,
+        growing: bool,
+        payloads: bool = True,
+        patience: Patience | None = None,
+        disks: Collection[int] | None = None,
     ) -> None:
         self._journal = journal
         self._run = run
         self._growing = growing
         self._payloads = payloads
+        self._disks = disks
         self._patience = patience or Patience(0.0)
-        self._unreadable: CorruptionError | None = None
-        """What is taken for damage at the place because it cannot be read."""
+        self.unreadable: CorruptionError | None = None
+        """What ``read`` has taken for damage because it cannot be read."""
         self._harm = ""
         self.next_seq = seq
         self._segment: Segment | None = None
@@ -90,7 +96,7 @@ class Cursor:
         back for good and nothing behind it; and OSError.
         """
         while True:
-            self._unreadable, self._harm = None, "is damaged"
+            self.unreadable, self._harm = None, "is damaged"
             if self._segment is None and (hole := self._open()):
                 return hole
             if self._segment is None:
@@ -122,6 +128,7 @@ class Cursor:
                 batch = self._batch_at(self._position, self._batch)
                 piece = self._verified(batch)
                 if piece is None:
+                    left = self._number
                     try:
                         hole = self._advance(successors)
                     except CorruptionError:
@@ -130,6 +137,8 @@ class Cursor:
                         return None  # It is not going to be mended, and what other runs have must not wait for it.
                     if hole is not None:
                         return hole
+                    if self._number == left:
+                        return None
                     continue
             self._pass(piece.batch)
             self.next_seq = piece.batch.last_seq + 1
@@ -158,24 +167,27 @@ class Cursor:
 
     def _complain(self) -> None:
         """What is not going to be mended is told, unless it keeps what other runs have from being carried."""
-        if self._unreadable is not None and self._growing:
-            raise self._unreadable
+        if self.unreadable is not None and self._growing:
+            raise self.unreadable
 
     def _given_back(self, read: Callable[[], T], path: Path, offset: int) -> T | None:
-        """What ``read`` reads; None if it cannot, and patience has ended. Raises OSError while it has not."""
+        """What ``read`` reads; None if it cannot, and patience has ended. Raises Unreadable while it has not."""
         try:
-            return read()
-        except FileNotFoundError:
-            raise
+            found = read()
         except OSError as error:
+            not_opened = error.filename is not None and not isinstance(error, UnreadableHeader)
+            if not_opened or isinstance(error, FileNotFoundError):
+                raise  # It is gone, or this process may open no more files.
             if not self._patience.ends(path, offset):
-                raise OSError(error.errno, f"cannot be read at offset {offset}: {error.strerror}", str(path)) from error
+                raise Unreadable(error.errno, f"cannot be read at offset {offset}: {error.strerror}", str(path)) from error
             self._harm = f"cannot be read ({error.strerror})"
-            self._unreadable = CorruptionError(
+            self.unreadable = CorruptionError(
                 f"{path}: cannot be read at offset {offset}: {error.strerror}",
                 "nothing behind it can be shipped before capture begins its next segment; look at the health of its storage",
             )
             return None
+        self._patience.works(path, offset)
+        return found
 
     def _batch_at(self, position: int, number: int) -> Batch | None:
         segment = self._segment
@@ -188,18 +200,44 @@ class Cursor:
             return None
         if not self._payloads:
             return Piece(batch, b"")
-        segment, position, length = self._segment, batch.payload_position, batch.payload_length
-        payload = self._given_back(lambda: segment.read(length, position), segment.path, position)
-        if payload is None or len(payload) != length:
+        payload = self._payload(self._segment, batch)
+        if payload is None or len(payload) != batch.payload_length:
             return None
         view = memoryview(payload)
+        wanted = self._disks
         at = 0
-        for _, length, _, op, _, xxh3 in fmt.RECORD.iter_unpack(batch.table):
+        for _, length, disk, op, _, xxh3 in fmt.RECORD.iter_unpack(batch.table):
             if op in fmt.PAYLOAD_OPS:
-                if _xxh3(view[at : at + length]) != xxh3:
+                if _xxh3(view[at : at + length]) != xxh3 and (wanted is None or disk in wanted):
                     return None
                 at += fmt.padded(length)
         return Piece(batch, payload) if at == batch.payload_length else None
+
+    def _payload(self, segment: Segment, batch: Batch) -> bytes | None:
+        """A batch's payloads; in the place of what cannot be read and need not be, zeroes."""
+        try:
+            whole = segment.read(batch.payload_length, batch.payload_position)
+        except OSError:
+            payload = bytearray()
+        else:
+            self._patience.works(segment.path, batch.payload_position, batch.payload_length)
+            return whole
+        for record in records(batch):
+            if not record.has_payload:
+                continue
+            length, position = fmt.padded(record.length), record.position
+            read = partial(segment.read, length, position)
+            if self._disks is None or record.disk in self._disks:
+                data = self._given_back(read, segment.path, position)
+                if data is None:
+                    return None
+            else:
+                try:
+                    data = read()
+                except OSError:
+                    data = bytes(length)
+            payload += data
+        return bytes(payload)
 
     def _open(self) -> Hole | None:
         """Open the segment of the place, or else the one that holds ``next_seq``; without one nothing is open afterwards."""
@@ -224,9 +262,8 @@ class Cursor:
                 return None
             if self._try_open(found[0].number):
                 self._to_start()
-                return self._skip_to(
-                    self._expected, f"{self._name} is the oldest one left: they were recycled before they were shipped"
-                )
+                cause = f"{self._name} is the oldest one left: they were recycled before they were shipped"
+                return self._skip_to(self._expected, cause if self.unreadable is None else str(self.unreadable))
 
     def _try_open(self, number: int) -> bool:
         """Open a segment and lock it, False if it was recycled; raises CorruptionError if its header is damaged."""
@@ -234,10 +271,10 @@ class Cursor:
         try:
             segment = self._given_back(lambda: Segment(path), path, 0)
         except FileNotFoundError:
-            return False
+            return False  # Recycled; or the file of another segment, which bears this one's name.
         if segment is None:
-            assert self._unreadable is not None
-            raise self._unreadable
+            assert self.unreadable is not None
+            raise self.unreadable
         if (segment.header.run, segment.header.number) != (self._run, number):
             segment.close()
             return False
@@ -294,6 +331,8 @@ class Cursor:
                 return None
             if file.number == left + 1:
                 cause = f"segment {fmt.segment_name(self._run, left)} {self._harm} at offset {position}"
+            elif self.unreadable is not None:
+                cause = str(self.unreadable)
             else:
                 cause = f"the segments before {self._name} were recycled before they were shipped, or are damaged"
             return self._skip_to(self._expected, cause)
@@ -311,4 +350,4 @@ def has_records(journal: Path, run: int) -> bool:
         return True
     finally:
         cursor.release()
-    return False
+    return cursor.unreadable is not None

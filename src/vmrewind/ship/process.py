@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vmrewind.errors import VmrewindError
+from vmrewind.errors import CorruptionError, RepositoryError, VmrewindError
 from vmrewind.journal.runs import private, private_directory
 from vmrewind.ship.instructions import Instruction, Instructions
+from vmrewind.ship.patience import Unreadable
 from vmrewind.ship.status import Reporter, ShipStatus
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ POLL_SECONDS: Final = 0.2
 IDLE_POLL_SECONDS: Final = 1.0
 RETRY_SECONDS_MIN: Final = 0.5
 RETRY_SECONDS_MAX: Final = 30.0
+_UNREADABLE: Final = -1
+_LEFT: Final = "told to stop with records unsent, they follow at the VM's next start"
 FINISH_SECONDS: Final = 5.0
 """For so long what is there is shipped after SIGTERM. Nothing depends on it: the next start goes on from the journal."""
 
@@ -78,12 +81,23 @@ class _Process:
         return 0
 
     def finish(self) -> int:
-        """Carry what is there and end: 0 if the repository then has everything, else 1."""
+        """Carry what is there and end: 0 if the repository then has everything, else the exit code of what keeps it from that."""
         with self._lock() as locked:
-            done = locked and self._drain(deadline=float("inf"))
-            if locked:
+            if not locked:
+                return RepositoryError.exit_code
+            try:
+                return self._finish()
+            finally:
                 self._reporter.remove()
-            return 0 if done else 1
+
+    def _finish(self) -> int:
+        while True:
+            code = self._drain(deadline=float("inf"))
+            if code != _UNREADABLE or self._stopping:
+                return CorruptionError.exit_code if code == _UNREADABLE else code
+            # Nobody else tries again.
+            self._report("waiting", self._instruction.disks)
+            self._wait(RETRY_SECONDS_MAX)
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -160,25 +174,37 @@ class _Process:
         self._shipper = None
         self._error, self._retry_at, self._retry_seconds = "", 0.0, 0.0
 
-    def _drain(self, deadline: float) -> bool:
-        """Carry what is there until ``deadline`` (monotonic seconds); False if something is left."""
+    def _drain(self, deadline: float) -> int:
+        """Carry what is there until ``deadline`` (monotonic seconds); 0, or an exit code if something is left.
+
+        ``_UNREADABLE`` is for what storage does not give back now, and may yet.
+        """
         disks = self._instructed()
         if not disks:
-            return True
+            return 0
         try:
             shipper = self._ready()
             while (seconds := shipper.step(disks, hurry=True)) == 0.0 or shipper.held_back:
                 if time.monotonic() >= deadline:
-                    self._say("told to stop with records unsent; they follow at the VM's next start")
-                    return False
+                    self._say(_LEFT)
+                    return RepositoryError.exit_code
                 self._report("shipping", disks)
                 time.sleep(seconds)
+            if (words := shipper.waits_for) is None:
+                return 0
+            code = _UNREADABLE
         except (VmrewindError, OSError) as error:
-            self._say(f"told to stop with records unsent, they follow at the VM's next start: {_words(error)}")
+            words = _words(error)
+            code = error.exit_code if isinstance(error, VmrewindError) else RepositoryError.exit_code
+            if isinstance(error, Unreadable):
+                code = _UNREADABLE
             if self._shipper is not None:
                 self._shipper.reset()
-            return False
-        return True
+        if words != self._error:
+            self._error = words
+            left = "records are left unsent" if deadline == float("inf") else _LEFT
+            self._say(f"{left}: {words}")
+        return code
 
     def _failed(self, error: VmrewindError | OSError) -> None:
         if not self._error:
@@ -200,9 +226,10 @@ class _Process:
         if not self._reporter.due:
             return
         pid = os.getpid()
+        error = self._error or (self._shipper.waits_for if self._shipper is not None else None) or None
         limit = self._instruction.bandwidth_limit
         if self._shipper is None:
-            self._reporter.write(ShipStatus(pid, state, disks, error=self._error or None, bandwidth_limit=limit))
+            self._reporter.write(ShipStatus(pid, state, disks, error=error, bandwidth_limit=limit))
             return
         try:
             now: Progress | None = self._shipper.progress()
@@ -210,15 +237,13 @@ class _Process:
             now = None  # the journal cannot be read: the next step says so
         if now is None or now.run is None:
             self._reporter.write(
-                ShipStatus(
-                    pid, "waiting", disks, unsent_bytes=None, lag_seconds=None, error=self._error or None, bandwidth_limit=limit
-                )
+                ShipStatus(pid, "waiting", disks, unsent_bytes=None, lag_seconds=None, error=error, bandwidth_limit=limit)
             )
             return
         self._reporter.write(
             ShipStatus(
                 pid, state, disks, f"{now.run:016x}", now.shipped_seq, now.shipped_time_ns, now.unsent_bytes, now.lag_seconds,
-                self._error or None, limit, self._shipper.superseded, self._shipper.baseless,
+                error, limit, self._shipper.superseded, self._shipper.baseless,
             )
         )  # fmt: skip
 

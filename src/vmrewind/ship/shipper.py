@@ -23,7 +23,7 @@ from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.repository.segment import HEADER
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.coverage import SEQ_MAX, Coverage
-from vmrewind.ship.cursor import Hole, Patience
+from vmrewind.ship.cursor import Hole
 from vmrewind.ship.descriptions import Descriptions
 from vmrewind.ship.events import declare_baseless, declare_hole
 from vmrewind.ship.gather import PAYLOAD_MAX, Gathered
@@ -31,12 +31,15 @@ from vmrewind.ship.lookout import Lookout
 from vmrewind.ship.meter import Meter, Start, noted_starts
 from vmrewind.ship.noted import forget_shipped_elsewhere, note
 from vmrewind.ship.pace import Pace
-from vmrewind.ship.plan import Plan, bases_needed, make_plan
+from vmrewind.ship.patience import Patience, Unreadable
+from vmrewind.ship.plan import Entry, Plan, bases_needed, make_plan
 from vmrewind.ship.sender import Sender
 
 POLL_SECONDS: Final = 0.2
 QUIET_POLL_SECONDS: Final = 1.0
 """How long a journal to which nothing is added is not looked at: no longer than the oldest record may wait to be sent."""
+UNREADABLE_RETRY_SECONDS: Final = 30.0
+"""After so long what storage did not give back is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,11 @@ class Shipper:
         self._shipped_time_ns: int | None = None
         self._meter: Meter | None = None
         self._patience = Patience()
+        self._aside: dict[Entry, Carrier] = {}
+        """What of the backlog was begun, and then storage did not give back the rest."""
+        self._unreadable: dict[Entry, str] = {}
+        """What of it is not tried now, and what storage said."""
+        self._unreadable_until = 0.0
         self._sender = Sender(meanwhile)
         self._sending: Gathered | None = None
         self.pace = Pace()
@@ -89,6 +97,11 @@ class Shipper:
         self._runs: dict[int, RunInfo] = {}
         self._held: set[int] = set()
         self._noted: tuple[dict[int, int], dict[int, int]] = {}, {}
+
+    @property
+    def waits_for(self) -> str | None:
+        """What keeps a part of the backlog from being read, in words; the rest goes on."""
+        return next(iter(self._unreadable.values()), None)
 
     @property
     def superseded(self) -> str | None:
@@ -147,6 +160,7 @@ class Shipper:
                 carrier.cursor.release()
         self._vm = None
         self._live = self._backlog = None
+        self._aside, self._unreadable = {}, {}
         self._disks = ()
         self._plan = Plan(None, (), ())
         self._descriptions.forget()
@@ -214,9 +228,8 @@ class Shipper:
         vm, runs = self._vm, self._plan.runs
         self._sender.run(lambda: self._descriptions.put(vm, runs))
         self._look_for_bases(vm)
-        if self._backlog is not None:
-            self._backlog.cursor.release()
-            self._backlog = None
+        self._drop_backlog()
+        self._aside, self._unreadable = {}, {}
         live = self._plan.live
         if self._live is not None and (live is None or not self._live.carries_on(live)):
             self._live.cursor.release()
@@ -272,12 +285,28 @@ class Shipper:
         return seconds
 
     def _step_backlog(self) -> float:
-        """Returns how long the limit holds it back."""
-        entry = self._plan.backlog[0]
+        """Returns how long the limit, or storage that does not give it back, holds it back."""
+        if self._unreadable and time.monotonic() >= self._unreadable_until:
+            self._unreadable = {}
+        entry = next((entry for entry in self._plan.backlog if entry not in self._unreadable), None)
+        if entry is None:
+            return QUIET_POLL_SECONDS
         if self._backlog is None:
-            self._backlog = Carrier(self._journal, entry, self._patience, growing=False)
+            self._backlog = self._aside.pop(entry, None) or Carrier(self._journal, entry, self._patience, growing=False)
         carrier = self._backlog
-        pulled = self._pull(carrier)
+        entry = carrier.entry
+        try:
+            pulled = self._pull(carrier)
+        except Unreadable as error:
+            if not self._plan.live_now:
+                raise  # What comes behind it on the branch could not be restored.
+            if not self._unreadable:
+                self._unreadable_until = time.monotonic() + UNREADABLE_RETRY_SECONDS
+            self._unreadable[entry] = str(error)
+            self._descriptions.complain(f"{error}; it is tried again, the rest goes on")
+            self._drop_backlog()
+            self._aside[entry] = carrier
+            return POLL_SECONDS
         if isinstance(pulled, Hole):
             if entry.last is not None and pulled.last >= entry.last:
                 pulled = Hole(pulled.first, entry.last, pulled.cause)
@@ -306,10 +335,14 @@ class Shipper:
         self._next_entry()
 
     def _next_entry(self) -> None:
+        done = self._backlog.entry if self._backlog is not None else None
+        self._drop_backlog()
+        self._plan = Plan(self._plan.live, tuple(entry for entry in self._plan.backlog if entry != done), self._plan.runs)
+
+    def _drop_backlog(self) -> None:
         if self._backlog is not None:
             self._backlog.cursor.release()
             self._backlog = None
-        self._plan = Plan(self._plan.live, self._plan.backlog[1:], self._plan.runs)
 
     def _step_over(self, carrier: Carrier, hole: Hole) -> None:
         self._send(carrier)

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable
 from typing import Final
 
-from vmrewind.errors import ConfigError, RepositoryError
+from vmrewind.errors import ConfigError, CorruptionError, RepositoryError
 from vmrewind.ship.status import status
 from vmrewind.start.children import ship_command
 from vmrewind.start.places import make_places
@@ -15,10 +15,13 @@ from vmrewind.start.resolve import VmHandle
 _LOOK_SECONDS: Final = 0.5
 
 
-def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None]) -> None:
-    """Carry everything that the wanted disks' journal holds; raises RepositoryError with what ship said if that fails.
+def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None], say: Callable[[str], None]) -> None:
+    """Carry everything that the wanted disks' journal holds; raises RepositoryError or CorruptionError with what ship said.
 
-    ``progress`` is told (what, bytes done, bytes in total) as far as ship knows it.
+    What the journal's storage does not give back is tried again for ten minutes.
+
+    ``say`` is told what keeps it waiting, ``progress`` (what, bytes done, bytes in total) as far as
+    ship knows it.
     """
     if handle.repository_url is None:
         raise ConfigError(f"{handle.name} has no repository", "set protection.repository")
@@ -26,7 +29,7 @@ def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None])
         make_places(handle.paths)
     command = ship_command(handle.paths, handle.journal, handle.repository_url, finish=True)
     total = left = 0
-    words = ""
+    words = told = ""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as ship:
         while True:
             try:
@@ -34,6 +37,9 @@ def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None])
                 break
             except subprocess.TimeoutExpired:
                 report = status(handle.paths.runtime)
+                if report is not None and report.pid == ship.pid and report.error and report.error != told:
+                    told = report.error
+                    say(f"{told}; it is tried again")
                 if report is not None and report.pid == ship.pid and report.unsent_bytes is not None:
                     left = report.unsent_bytes
                     total = max(total, left)
@@ -45,4 +51,5 @@ def finish_shipping(handle: VmHandle, progress: Callable[[str, int, int], None])
         progress("history", total, total)
     else:
         said = words.strip().splitlines()
-        raise RepositoryError(said[-1] if said else "ship could not carry everything", "its reason is above; then try again")
+        kind = CorruptionError if ship.returncode == CorruptionError.exit_code else RepositoryError
+        raise kind(said[-1] if said else "ship could not carry everything", "see to that, then try again")
