@@ -23,8 +23,9 @@ from vmrewind.journal.verify import verify
 from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship import patience, process
 from vmrewind.ship.carrier import Carrier, Pulled
-from vmrewind.ship.cursor import Cursor, has_records
+from vmrewind.ship.cursor import Cursor, Hole, has_records
 from vmrewind.ship.meter import unsent
+from vmrewind.ship.patience import Unreadable
 from vmrewind.ship.plan import Entry
 from vmrewind.ship.shipper import Shipper
 
@@ -191,6 +192,31 @@ def test_what_failed_twice_has_not_failed_all_the_time(place: Place, clock: Cloc
     assert tried(place) and place.holes() == [] and place.seqs() == list(range(1, place.last_seq + 1))
 
 
+@pytest.mark.parametrize("part", ["header", "table", "payload"])
+def test_what_can_be_read_every_other_time_is_no_damage(place: Place, clock: Clock, part: str) -> None:
+    path = place.path(2)
+    offset = {"header": 0, "table": batch_of(path, 2)[0], "payload": middle(path, 2)}[part]
+
+    def looked() -> int:
+        """How far the journal is read, nothing of it being shipped."""
+        entry = Entry(7, 1, None, 3, frozenset(DISKS))
+        carrier = Carrier(place.written.journal, entry, place.shipper._patience, growing=True)
+        try:
+            while (pulled := carrier.pull()) is not Pulled.WAITING:
+                assert not isinstance(pulled, Hole), clock.seconds
+                carrier.next_from(carrier.gathered.last + 1)
+            return carrier.gathered.last
+        finally:
+            carrier.cursor.release()
+
+    for _ in range(15):
+        with bad_sector(path, offset), pytest.raises(Unreadable):
+            looked()
+        clock.seconds += 30
+        assert looked() == place.last_seq
+        clock.seconds += 30
+
+
 def test_bad_sectors_side_by_side_are_waited_for_once(place: Place, clock: Clock) -> None:
     path = place.path(2)
     with contextlib.ExitStack() as bad:
@@ -263,8 +289,9 @@ def test_who_may_open_no_more_files_waits(place: Place, clock: Clock, monkeypatc
     for _ in range(40):
         with monkeypatch.context() as patch:
             patch.setattr(reader.os, "open", no_more)
-            with pytest.raises(OSError, match="Too many open files"):
+            with pytest.raises(OSError, match="Too many open files") as raised:
                 Cursor(place.written.journal, 7, 1, growing=True, patience=place.shipper._patience).read()
+        assert not isinstance(raised.value, Unreadable)
         clock.seconds += 30
     assert tried(place) and place.holes() == []
 

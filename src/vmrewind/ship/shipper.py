@@ -288,11 +288,11 @@ class Shipper:
         """Returns how long the limit, or storage that does not give it back, holds it back."""
         if self._unreadable and time.monotonic() >= self._unreadable_until:
             self._unreadable = {}
-        entry = next((entry for entry in self._plan.backlog if entry not in self._unreadable), None)
-        if entry is None:
-            return QUIET_POLL_SECONDS
         if self._backlog is None:
-            self._backlog = self._aside.pop(entry, None) or Carrier(self._journal, entry, self._patience, growing=False)
+            due = next((entry for entry in self._plan.backlog if entry not in self._unreadable), None)
+            if due is None:
+                return QUIET_POLL_SECONDS
+            self._backlog = self._aside.pop(due, None) or Carrier(self._journal, due, self._patience, growing=False)
         carrier = self._backlog
         entry = carrier.entry
         try:
