@@ -122,7 +122,7 @@ def test_a_full_journal_has_what_completes_the_images_however_often_that_is_inte
         # The images were completed on after the last write.
         later = time.time_ns() + 60 * 10**9
         os.utime(copy.image, ns=(later, later))
-        steps = [("note_changed", False), ("_declare", True), ("filled", False), ("filled", True)]
+        steps = [("note_changed", False), ("declare", True), ("filled", False), ("filled", True)]
         for step, (name, behind) in enumerate(steps):
             hooks = tmp_path / f"killed-{step}"
             hooks.mkdir()

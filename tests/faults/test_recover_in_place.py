@@ -20,7 +20,8 @@ from vmrewind.errors import CorruptionError, ImageError, SpaceError, UsageError,
 from vmrewind.journal.reader import segment_files
 from vmrewind.journal.runs import Position, read_head, run_path, write_durably
 from vmrewind.journal.state import StatePage
-from vmrewind.recover.in_place import pending, restore_in_place
+from vmrewind.recover.in_place import restore_in_place
+from vmrewind.recover.intent import pending
 
 K = 1024
 M = 1 << 20
@@ -190,7 +191,7 @@ def test_killed_at_any_step_it_is_noticed_and_completed_by_running_it_again(made
             assert content == (wanted if known.position == position else original)
         states.add((begun is None, known is None, content == original, content == wanted))
         if begun is not None:
-            assert begun == (position, ["vda", "vdb"])
+            assert (begun.position, begun.targets) == (position, ["vda", "vdb"])
             with pytest.raises(VmStateError, match="vdb"):
                 restore(made, 6, "vda")
         restore(made, 6)

@@ -17,16 +17,20 @@ from pathlib import Path
 import pytest
 
 from guests.protected import vmrewind
-from tests.capture_tools import Client
+from tests.capture_tools import Client, until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
 from tests.faults.test_recover_in_place import K, M, Stopped, quiet, restored_or_killed
 from tests.history_tools import MadeHistory, exit_code_of_main
-from vmrewind.errors import ImageError
+from vmrewind.errors import ImageError, MomentError, VmStateError
+from vmrewind.history.resolve import resolve
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
+from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.journal.runs import Discontinuity, Head, ImageIdentity, Position, read_head, write_durably
 from vmrewind.nbd import protocol as nbd
-from vmrewind.recover.in_place import pending, planned, restore_in_place
+from vmrewind.recover.in_place import restore_in_place
+from vmrewind.recover.intent import pending
+from vmrewind.recover.rewind_plan import RewindPlan, planned
 
 KILLS = 20
 _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -48,17 +52,22 @@ def made(tmp_path: Path) -> Stopped:
     return made
 
 
-def rewind(made: Stopped, position: Position, *, discard: bool = False) -> int:
+def rewind(made: Stopped, position: Position, *targets: str, discard: bool = False) -> int:
+    images = {target: made.images[target] for target in targets or made.images}
     with made.open() as history:
-        done = restore_in_place(history, made.images, position, made.journal, quiet, discard_unprotected=discard, only_changed=True)
+        done = restore_in_place(history, images, position, made.journal, quiet, discard_unprotected=discard, only_changed=True)
     return sum(disk.written_bytes for disk in done.disks)
 
 
-def reason(made: Stopped, position: Position) -> str | None:
+def plan_of(made: Stopped, position: Position, target: str) -> RewindPlan:
     with made.open() as history:
-        plan = planned(history, "vda", made.images["vda"], position, made.journal)
+        plan = planned(history, target, made.images[target], position, made.journal)
     assert (plan.ranges is None) == (plan.reason is not None)
-    return plan.reason
+    return plan
+
+
+def reason(made: Stopped, position: Position) -> str | None:
+    return plan_of(made, position, "vda").reason
 
 
 def contents(made: Stopped) -> dict[str, bytes]:
@@ -170,6 +179,63 @@ def test_killed_at_any_step_it_is_completed_by_the_next_try(made: Stopped) -> No
     assert half > 3, "no kill met a half rewound image"
 
 
+def test_disk_by_disk_each_keeps_its_moment(made: Stopped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is known of the disk that is left as it is stays known, also over a rewind that is interrupted."""
+    middle, before = made.position(9), contents(made)
+
+    def whole(_: list[View]) -> None:
+        raise AssertionError("the whole disk was read")
+
+    def interrupted(_: object) -> None:
+        raise OSError("here")
+
+    monkeypatch.setattr("vmrewind.recover.in_place.read_whole", whole)
+    monkeypatch.setattr("vmrewind.recover.in_place._Job.write", interrupted)
+    with pytest.raises(ImageError, match="cannot be written"):
+        rewind(made, middle, "vda")
+    monkeypatch.undo()
+    assert pending(made.journal) is not None and "half-way" in str(reason(made, middle))
+    monkeypatch.setattr("vmrewind.recover.in_place.read_whole", whole)
+    plan = plan_of(made, middle, "vdb")
+    assert plan.since == made.end and plan.reason is None
+    monkeypatch.undo()
+    rewind(made, middle, "vda")
+    assert contents(made) == {"vda": truth(made, 9)["vda"], "vdb": before["vdb"]}
+    monkeypatch.setattr("vmrewind.recover.in_place.read_whole", whole)
+    assert [plan_of(made, middle, target).since for target in ("vda", "vdb")] == [middle, made.end]
+    with made.open() as history:
+        branch = history.branch()
+        assert resolve(history, branch, "latest", ["vda"]) == middle
+        # vdb was not taken back: what it holds now is not what record 9 was.
+        with pytest.raises(MomentError, match=rf"holds record {made.end.seq} of run .* left as it was"):
+            resolve(history, branch, "latest", ["vdb"])
+    rewind(made, made.position(4), "vda")
+    rewind(made, middle)
+    assert contents(made) == truth(made, 9)
+    head = read_head(made.journal)
+    assert head is not None and head.position == middle and set(head.images) == {"vda", "vdb"} and not head.apart
+    # One after the other to one moment is the same as together.
+    rewind(made, made.end, "vdb")
+    rewind(made, made.end, "vda")
+    head = read_head(made.journal)
+    assert contents(made) == before and head is not None and set(head.images) == {"vda", "vdb"} and not head.apart
+
+
+@pytest.mark.parametrize("known", ["declared", "seen"])
+def test_what_no_history_has_is_not_forgotten_by_a_rewind_of_another_disk(made: Stopped, known: str) -> None:
+    if known == "declared":
+        write_durably(made.journal / "head.json", Head(made.end, {}, "it ran without protection").to_json())
+    made.images["vdb"].write_bytes(os.urandom(5 * M))
+    written = made.images["vdb"].read_bytes()
+    rewind(made, made.position(7), "vda", discard=known == "declared")
+    for targets in (["vdb"], ["vda", "vdb"]):
+        with pytest.raises(ImageError, match=r"vdb.*no history has"):
+            rewind(made, made.position(7), *targets)
+    assert made.images["vdb"].read_bytes() == written
+    rewind(made, made.position(7), discard=True)
+    assert contents(made) == truth(made, 7)
+
+
 def test_a_disk_that_ends_within_a_block(tmp_path: Path) -> None:
     made = MadeHistory(tmp_path, {"vda": 3 * M + 512})
     made.start()
@@ -219,6 +285,70 @@ def test_the_command_shows_rewinds_and_undoes(tmp_path: Path) -> None:
         alone.write(ready, 9, offset=50 * M, length=4096)
     vmrewind("rewind", alone.config, "--to", "latest", "--branch", min(_runs(alone)))
     assert alone.image.read_bytes() == after
+
+
+def test_after_a_death_the_command_tells_the_time_lost_and_undoes(tmp_path: Path) -> None:
+    """And what would be refused is refused by --dry-run too."""
+    alone = Alone(tmp_path)
+    with alone.serving() as ready:
+        alone.write(ready, 1, length=300 * K)
+        vmrewind("mark", alone.config, "good")
+        good = alone.image.read_bytes()
+        alone.write(ready, 2, length=100 * K)
+        last = alone.status()["last_record"]
+        refused = vmrewind("rewind", alone.config, "--to", "@good", "--dry-run", check=False)
+        assert refused.returncode == VmStateError.exit_code and "is running" in refused.stderr
+        processes = alone.status()["processes"]
+        for process in ("keeper", "capture", "ship"):
+            os.kill(processes[process]["pid"], signal.SIGKILL)
+    after = alone.image.read_bytes()
+    (disk,) = json.loads(vmrewind("rewind", alone.config, "--to", "@good", "--dry-run", "--json").stdout)["disks"].values()
+    assert disk["from"] == last and "did not end cleanly" in disk["whole_disk_because"]
+    told = vmrewind("rewind", alone.config, "--to", "@good").stdout
+    assert "s back" in told and alone.image.read_bytes() == good
+    vmrewind(*shlex.split(told.rpartition("to undo it: vmrewind ")[2]))
+    assert alone.image.read_bytes() == after
+    with alone.image.open("r+b") as image:
+        image.write(b"no history has this")
+    for dry in (["--dry-run"], []):
+        refused = vmrewind("rewind", alone.config, "--to", "@good", *dry, check=False)
+        assert refused.returncode == ImageError.exit_code and "no history has" in refused.stderr and not refused.stdout
+
+
+class TwoDisks(Alone):
+    """A second disk beside the first."""
+
+    def configure(self, **protection: str) -> None:
+        super().configure(**protection)
+        self.second = self.directory / "vdb.raw"
+        self.second.write_bytes(bytes(MIB))
+        with self.config.open("a") as file:
+            file.write(f'[[protection.disk]]\ntarget = "vdb"\nimage = "{self.second}"\nformat = "raw"\n')
+
+
+def test_a_start_after_one_disk_was_rewound_resyncs_the_other(tmp_path: Path) -> None:
+    alone = TwoDisks(tmp_path)
+    with alone.serving() as ready:
+        until(lambda: begun_base(alone.journal, "vdb") is None, "the base")
+        vmrewind("mark", alone.config, "one")
+        for target in ("vda", "vdb"):
+            client = Client(Path(ready["disks"][target]["uri"].partition("?socket=")[2]), target)
+            client.write(4096, target.encode() * 1000)
+            client.sock.close()
+    (run,) = _runs(alone)
+    vmrewind("rewind", alone.config, "--to", "@one", "--disk", "vda")
+    (problem,) = alone.status()["problems"]
+    assert problem.startswith("vdb: ") and "left as it was when another disk was taken" in problem
+    (vda, vdb) = json.loads(vmrewind("rewind", alone.config, "--to", "@one", "--dry-run", "--json").stdout)["disks"].values()
+    assert vda["extents"] == 0 and vdb["extents"] == 1 and vdb["from"]["seq"] > vda["from"]["seq"]
+    held = alone.image.read_bytes(), alone.second.read_bytes()
+    with alone.serving():
+        until(lambda: "resync.done" in alone.events(), "the resync")
+    output = tmp_path / "out"
+    vmrewind("restore", alone.config, "--at", "latest", "--output", output)
+    assert ((output / "vda.raw").read_bytes(), (output / "vdb.raw").read_bytes()) == held
+    told = vmrewind("timeline", alone.config).stdout
+    assert "vdb" in told and "left as it was" in told and run in told
 
 
 def test_killed_at_random_instants_completed_and_undone(

@@ -19,7 +19,8 @@ from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.format import run_name
 from vmrewind.journal.origin import Origin, filling
 from vmrewind.journal.runs import Position
-from vmrewind.recover.in_place import pending, restore_in_place
+from vmrewind.recover.in_place import restore_in_place
+from vmrewind.recover.intent import pending
 from vmrewind.recover.restore import Restored
 from vmrewind.recover.restore import restore as restore_to_files
 from vmrewind.repository.repository import Repository
@@ -67,7 +68,7 @@ def restore(
             position = chosen.at(at)
             kind: str | None = kind_of(history, chosen.branch, at, position)
         elif begun is not None:
-            position = begun[0]
+            position = begun.position
             kind = None  # which was said when it began
         else:
             raise UsageError("--at is missing", f"give the moment to restore to: {FORMS}")

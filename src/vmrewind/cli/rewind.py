@@ -17,7 +17,8 @@ from vmrewind.history.bookmarks import kind_of
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position
-from vmrewind.recover.in_place import RewindPlan, planned, restore_in_place
+from vmrewind.recover.in_place import refuse_in_place, restore_in_place
+from vmrewind.recover.rewind_plan import RewindPlan, planned
 from vmrewind.start.resolve import open_any
 
 
@@ -44,10 +45,10 @@ def rewind(
         position = chosen.at(to)
         kind = kind_of(history, chosen.branch, to, position)
         images = images_of(own, history, position, chosen.targets)
+        refuse_in_place(history, images, position, own.journal, discard_unprotected=discard_unprotected)
         plans = [planned(history, target, image, position, own.journal) for target, image in images.items()]
-        since = next((plan.since for plan in plans if plan.since is not None), None)
         if not json:
-            _tell(own.name, position, kind, plans, since)
+            _tell(own.name, position, kind, plans)
         elif dry_run:
             print(json_module.dumps(_as_data(own.name, position, plans)))
         if dry_run:
@@ -57,24 +58,39 @@ def rewind(
                 history, images, position, own.journal, update, discard_unprotected=discard_unprotected, only_changed=True
             )
     report(restored, kind, json=json)
-    if not json and since is not None and since != position:
-        only = "".join(f" --disk {target}" for target in disk or ())
-        print(f"to undo it: vmrewind rewind {shlex.quote(vm)} --to seq:{since.seq} --branch {run_name(since.run)}{only}")
+    if not json:
+        _tell_undoing(vm, position, plans, every_disk=disk is None)
 
 
-def _tell(name: str, position: Position, kind: str, plans: list[RewindPlan], since: Position | None) -> None:
+def _tell(name: str, position: Position, kind: str, plans: list[RewindPlan]) -> None:
     print(f"{name} goes to {format_time(position.time_ns)} (seq {position.seq} of run {run_name(position.run)}, {kind})")
-    if since is not None:
-        seconds = (since.time_ns - position.time_ns) / 1e9
-        way = f"{seconds:.3f} s back" if seconds >= 0 else f"{-seconds:.3f} s forth"
-        print(f"  from {format_time(since.time_ns)} (seq {since.seq} of run {run_name(since.run)}): {way}")
     for plan in plans:
+        print(f"  {plan.target}: {_way(plan.since, position)}")
         if plan.ranges is None:
-            print(f"  {plan.target}: the whole disk is compared: {plan.reason}")
+            print(f"    the whole disk is compared: {plan.reason}")
         else:
             total = sum(end - start for start, end in plan.ranges)
-            print(f"  {plan.target}: written since: {decimal(total)} in {len(plan.ranges)} extents")
+            print(f"    written since: {decimal(total)} in {len(plan.ranges)} extents")
     sys.stdout.flush()
+
+
+def _way(since: Position | None, position: Position) -> str:
+    if since is None:
+        return "from a moment that is not known"
+    seconds = (since.time_ns - position.time_ns) / 1e9
+    way = f"{seconds:.3f} s back" if seconds >= 0 else f"{-seconds:.3f} s forth"
+    return f"from {format_time(since.time_ns)} (seq {since.seq} of run {run_name(since.run)}): {way}"
+
+
+def _tell_undoing(vm: str, position: Position, plans: list[RewindPlan], *, every_disk: bool) -> None:
+    """A command for each moment that disks came from."""
+    origins: dict[Position, list[str]] = {}
+    for plan in plans:
+        if plan.since is not None and plan.since != position:
+            origins.setdefault(plan.since, []).append(plan.target)
+    for since, targets in origins.items():
+        only = "" if every_disk and len(targets) == len(plans) else "".join(f" --disk {target}" for target in targets)
+        print(f"to undo it: vmrewind rewind {shlex.quote(vm)} --to seq:{since.seq} --branch {run_name(since.run)}{only}")
 
 
 def _as_data(name: str, position: Position, plans: list[RewindPlan]) -> dict[str, Any]:

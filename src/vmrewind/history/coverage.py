@@ -204,7 +204,9 @@ class _Walk:
         if (abandoned_ns := records.first_time(index, (leg.cut or 0) + 1)) is not None:
             cause = f"the VM was taken back to record {leg.cut}; what it did before that: --branch {run_name(leg.info.run)}"
             if not is_last:
-                self._open = (abandoned_ns, cause)
+                # A disk that was left as it was when others were taken back was not taken back itself.
+                apart = self._branch.legs[i + 1].info.gaps.get(self._target)
+                self._open = (abandoned_ns, apart.cause if apart is not None else cause)
             elif gap is not None:
                 self._open = (abandoned_ns, gap[1])
             else:

@@ -261,6 +261,8 @@ class History:
         head = self.head
         if head is not None and target in self.unrecorded and head.position.run == run and head.position.seq >= seq:
             return head.position.time_ns + 1, self.unrecorded[target]
+        if head is not None and target in head.apart and head.position.run == run and head.position.seq >= seq:
+            return head.position.time_ns + 1, head.apart[target].why_apart
         return None
 
     def nothing_lost(self, info: RunInfo) -> str | None:

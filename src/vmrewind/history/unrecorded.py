@@ -19,4 +19,6 @@ def unrecorded(head: Head, targets: Iterable[str], journal: Path) -> dict[str, s
     if (journal / FILLING).exists():
         # Somebody may have gone on completing the images after the run's end, and with nothing but what history has.
         return {}
-    return {target: CHANGED for target, left in head.images.items() if changed_since(left)}
+    found = {target: one.gap for target, one in head.apart.items() if one.gap is not None}
+    identities = dict(head.images) | {target: one.identity for target, one in head.apart.items() if one.identity is not None}
+    return found | {target: CHANGED for target, left in identities.items() if changed_since(left)}

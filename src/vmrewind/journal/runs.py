@@ -162,6 +162,22 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskHead:
+    """The moment that one disk's image holds, and the identity by which it is recognised (None: it cannot be)."""
+
+    position: Position
+    identity: ImageIdentity | None
+    gap: str | None = None
+    """As a Head's."""
+
+    @property
+    def why_apart(self) -> str:
+        """In words, why such a disk's history does not go on from the moment that others were taken to without it."""
+        held = f"it holds record {self.position.seq} of run {run_name(self.position.run)}"
+        return self.gap or f"{held}: it was left as it was when another disk was taken to another moment"
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """The moment that the images hold while no capture is alive, and the identity by which each is recognised."""
 
@@ -171,27 +187,41 @@ class Head:
     """The cause of a gap that begins with the moment, and goes on: what the images hold now is not known; ``images`` is empty."""
     kept: Mapping[str, Kept] = field(default_factory=dict)
     """Of each disk whose base is still being made, whether or not its history is known to the end."""
+    apart: Mapping[str, DiskHead] = field(default_factory=dict)
+    """The disks that were left as they were when others were taken to the moment, and so hold one of their own."""
+
+    def of(self, target: str) -> DiskHead:
+        """What is known of one disk."""
+        return self.apart.get(target) or DiskHead(self.position, self.images.get(target), self.gap)
 
     def to_json(self) -> bytes:
         """The file's content."""
-        plain = {
-            "run": run_name(self.position.run),
-            "seq": self.position.seq,
-            "time_ns": self.position.time_ns,
+        plain: dict[str, Any] = _plain(self.position) | {
             "images": {target: asdict(identity) for target, identity in self.images.items()},
         }
         plain |= {"gap": self.gap} if self.gap is not None else {}
         plain |= {"kept": {target: asdict(kept) for target, kept in self.kept.items()}} if self.kept else {}
+        apart = {target: asdict(one) | {"position": _plain(one.position)} for target, one in self.apart.items()}
+        plain |= {"apart": apart} if apart else {}
         return _sealed(plain)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Head:
+        """Parse a file's content. Raises ValueError, KeyError, TypeError, AttributeError if it makes no sense."""
+        plain = _unsealed(data)
+        images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
+        kept = {t: Kept(one["base"], ImageIdentity(**one["identity"])) for t, one in plain.get("kept", {}).items()}
+        apart = {
+            t: DiskHead(_position(one["position"]), ImageIdentity(**one["identity"]) if one["identity"] else None, one["gap"])
+            for t, one in plain.get("apart", {}).items()
+        }
+        return cls(_position(plain), images, plain.get("gap"), kept, apart)
 
     @classmethod
     def from_file(cls, path: Path) -> Head:
         """Read and parse the file. Raises FileNotFoundError, CorruptionError."""
         try:
-            plain = _unsealed(content(path))
-            images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
-            kept = {t: Kept(one["base"], ImageIdentity(**one["identity"])) for t, one in plain.get("kept", {}).items()}
-            return cls(_position(plain), images, plain.get("gap"), kept)
+            return cls.from_json(content(path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptionError(
                 f"{path}: not a head description: {error!r}",
@@ -214,6 +244,10 @@ def _unsealed(data: bytes) -> dict[str, Any]:
 
 def _checksum(plain: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
+
+
+def _plain(position: Position) -> dict[str, Any]:
+    return asdict(position) | {"run": run_name(position.run)}
 
 
 def _position(plain: Mapping[str, Any]) -> Position:

@@ -3,6 +3,8 @@
 ``only_changed`` makes it a rewind: it looks only where records tell that something was written between the moment that the images
 hold and the one they are to hold, which costs what was written since, not what the disk holds.
 
+Of disks that are left as they are the new head keeps what the old one told: another moment, or a gap.
+
 Order: what a crash left is recovered, as the new head would hide it from the next start; everything is read and verified once,
 without changing anything; an intent is written durably; ``head.json``, by which a start recognises the images, is removed; blocks
 that differ are written; the images are synced; a new head is written; the intent is removed. A start refuses while the intent is
@@ -12,31 +14,27 @@ there, and doing the same restore again completes it.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from vmrewind.capture.image import Image
 from vmrewind.capture.recovery import Recovered, recover
-from vmrewind.errors import CorruptionError, ImageError, MomentError, SpaceError, UsageError, VmrewindError, VmStateError
-from vmrewind.history.changes import changed_ranges
+from vmrewind.errors import ImageError, SpaceError, UsageError, VmrewindError, VmStateError
 from vmrewind.history.history import History
 from vmrewind.history.reading import read_whole
 from vmrewind.history.unrecorded import unrecorded
 from vmrewind.history.view import View
-from vmrewind.journal.content import content
 from vmrewind.journal.copy_before_write import begun_base, made_words
-from vmrewind.journal.format import run_name
-from vmrewind.journal.identity import image_identity
 from vmrewind.journal.origin import Origin, filled, filling
 from vmrewind.journal.runs import (
     RESTORE_PENDING,
     Head,
+    ImageIdentity,
     Position,
     described_runs,
     read_head,
@@ -45,8 +43,10 @@ from vmrewind.journal.runs import (
     write_durably,
 )
 from vmrewind.paths import VmPaths
-from vmrewind.recover.blocks import BLOCK, differing_runs
+from vmrewind.recover.blocks import differing_runs
+from vmrewind.recover.intent import Intent, declare, pending
 from vmrewind.recover.restore import NO_SPACE, Progress, Restored, RestoredDisk
+from vmrewind.recover.rewind_plan import known_head, planned
 from vmrewind.start.saved_state import note_changed, refuse_change
 
 _STEP: Final = 4 << 20
@@ -56,20 +56,6 @@ _READERS: Final = 4
 _KEPT_MAX: Final = 256 << 20
 _HOLE_MIN: Final = 64 << 10
 """Fewer zeroes are written as they are: their space is allocated, and a hole costs a hundred times as much (measured, ext4)."""
-
-
-def pending(journal: Path) -> tuple[Position, list[str]] | None:
-    """(position, targets) of a restore in place that was begun and not completed, None if there is none."""
-    path = journal / RESTORE_PENDING
-    try:
-        plain: dict[str, Any] = json.loads(content(path))
-        return Position(int(plain["run"], 16), plain["seq"], plain["time_ns"]), list(plain["disks"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptionError(
-            f"{path}: not a restore's intent: {error!r}", "restore all disks in place, after removing it"
-        ) from error
 
 
 def restore_in_place(
@@ -91,51 +77,100 @@ def restore_in_place(
     history has, unless ``discard_unprotected`` is given; SpaceError; and what the views raise, before anything is changed.
     """
     with stopped(journal), ExitStack() as opened:
-        refuse_change(VmPaths(history.name))
-        begun = pending(journal)
-        if begun is not None and (others := set(begun[1]) - set(images)):
-            names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
-            raise VmStateError(
-                f"{history.name}: an interrupted restore in place left {', '.join(sorted(others))} half restored", f"add {names}"
-            )
-        lacking = filling(journal)
-        if others := set(lacking) - set(images):
-            names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
-            raise VmStateError(f"{history.name}: the images of {', '.join(sorted(others))} are not complete either", f"add {names}")
+        begun = _refuse_interrupted(history.name, journal, images)
         if begun is None:
             _recover(journal, list(images))
-            _refuse_without_base(history.name, journal, images)
-            # Images that were never complete hold nothing that history has not.
-            if not discard_unprotected and not lacking:
-                _refuse_unrecorded(history.name, journal, images)
+            _refuse_loss(history.name, journal, images, discard_unprotected=discard_unprotected)
         jobs = []
-        for target, path in images.items():
-            plan = planned(history, target, path, position, journal) if only_changed else None
-            view = View.open(history, target, position)
-            image = Image(view.disk.index, target, str(path), "raw")
-            opened.callback(image.close)
-            if view.disk.format == "qcow2" and image.size < view.size:
-                # It is to be as long as its export again, which costs no space.
-                image.size = view.size
-            if image.size != view.size:
-                raise ImageError(
-                    f"{path}: {image.size} bytes, but disk {target} had {view.size} bytes then",
-                    "restore it to a file with --output",
-                )
+        for view, image in _opened(history, images, position, opened):
+            plan = planned(history, image.target, Path(image.path), position, journal) if only_changed else None
             jobs.append(_Job(view, image, progress, plan.ranges if plan is not None else None))
         for job in jobs:
             job.compare()
         note_changed(VmPaths(history.name))
-        _declare(journal, position, list(images))
+        others = _others(history, images, position, journal, begun)
+        declare(journal, Intent(position, list(images), others))
         for job in jobs:
             with _naming(job.image):
                 job.write()
-        head = Head(position, {job.view.disk.target: job.image.identity() for job in jobs})
+        head = _joined(others, {job.view.disk.target: job.image.identity() for job in jobs})
         write_durably(journal / "head.json", head.to_json())
         filled(journal)
         (journal / RESTORE_PENDING).unlink()
         sync_directory(journal)
         return Restored(history.name, position, [job.restored for job in jobs])
+
+
+def refuse_in_place(
+    history: History, images: Mapping[str, Path], position: Position, journal: Path, *, discard_unprotected: bool = False
+) -> None:
+    """Raise what ``restore_in_place`` would before it reads anything, as far as that can be told without changing anything: what
+    a crash left is not recovered, so that nobody knows yet whether an image was used since."""
+    with stopped(journal), ExitStack() as opened:
+        if _refuse_interrupted(history.name, journal, images) is None:
+            _refuse_loss(history.name, journal, images, discard_unprotected=discard_unprotected)
+        for _ in _opened(history, images, position, opened):
+            pass
+
+
+def _refuse_interrupted(name: str, journal: Path, images: Mapping[str, Path]) -> Intent | None:
+    """The restore that was begun and that this one completes, if any; raises VmStateError for one that it would not."""
+    refuse_change(VmPaths(name))
+    begun = pending(journal)
+    if begun is not None and (others := set(begun.targets) - set(images)):
+        names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
+        raise VmStateError(
+            f"{name}: an interrupted restore in place left {', '.join(sorted(others))} half restored", f"add {names}"
+        )
+    if others := set(filling(journal)) - set(images):
+        names = " ".join(f"--disk {target}" for target in sorted({*others, *images}))
+        raise VmStateError(f"{name}: the images of {', '.join(sorted(others))} are not complete either", f"add {names}")
+    return begun
+
+
+def _refuse_loss(name: str, journal: Path, images: Mapping[str, Path], *, discard_unprotected: bool) -> None:
+    _refuse_without_base(name, journal, images)
+    # Images that were never complete hold nothing that history has not.
+    if not discard_unprotected and not filling(journal):
+        _refuse_unrecorded(name, journal, images)
+
+
+def _opened(history: History, images: Mapping[str, Path], position: Position, opened: ExitStack) -> Iterator[tuple[View, Image]]:
+    """Each disk's view at the position, and its image; raises ImageError if the two are not of one size."""
+    for target, path in images.items():
+        view = View.open(history, target, position)
+        image = Image(view.disk.index, target, str(path), "raw")
+        opened.callback(image.close)
+        if view.disk.format == "qcow2" and image.size < view.size:
+            # It is to be as long as its export again, which costs no space.
+            image.size = view.size
+        if image.size != view.size:
+            raise ImageError(
+                f"{path}: {image.size} bytes, but disk {target} had {view.size} bytes then", "restore it to a file with --output"
+            )
+        yield view, image
+
+
+def _others(history: History, images: Mapping[str, Path], position: Position, journal: Path, begun: Intent | None) -> Head:
+    """A head of the position that tells of the disks that stay as they are."""
+    head = begun.others if begun is not None else known_head(journal)
+    if head is None:
+        return Head(position, {})
+    info = history.runs.get(head.position.run)
+    targets = {*head.apart, *(disk.target for disk in (info.disks if info is not None else ()) if begun is None)} - {*images}
+    kept = {target: one for target, one in head.kept.items() if target not in images}
+    return Head(position, {}, kept=kept, apart={target: head.of(target) for target in sorted(targets)})
+
+
+def _joined(others: Head, restored: Mapping[str, ImageIdentity]) -> Head:
+    """The head of the disks that were taken to a position and of the others, of which some may hold that one as well."""
+    same = {
+        target: one.identity
+        for target, one in others.apart.items()
+        if one.position == others.position and one.identity is not None and one.gap is None
+    }
+    apart = {target: one for target, one in others.apart.items() if target not in same}
+    return replace(others, images={**restored, **same}, apart=apart)
 
 
 def _refuse_without_base(name: str, journal: Path, images: Mapping[str, Path]) -> None:
@@ -147,44 +182,6 @@ def _refuse_without_base(name: str, journal: Path, images: Mapping[str, Path]) -
                 f"{name}: base {found[0]} of disk {target} is still being made{made_words(found[1])}, of the image as it is",
                 f"`vmrewind backup {name}` completes it; then do this again",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class RewindPlan:
-    """What a rewind of a disk looks at: ``ranges`` [start, end) in order, or None for the whole disk, and then why (``reason``).
-
-    ``since`` is the moment that the image holds, as far as that is known.
-    """
-
-    target: str
-    since: Position | None
-    ranges: Sequence[tuple[int, int]] | None
-    reason: str | None = None
-
-
-def planned(history: History, target: str, image: Path, position: Position, journal: Path) -> RewindPlan:
-    """What of a stopped VM's disk a rewind to a position has to look at."""
-    if pending(journal) is not None:
-        return RewindPlan(target, None, None, "an interrupted restore left it half-way")
-    if target in filling(journal):
-        return RewindPlan(target, None, None, "its image was never complete")
-    head = read_head(journal, lambda _: None)
-    known = head.images.get(target) if head is not None else None
-    if head is None or known is None:
-        return RewindPlan(target, None, None, "what its image holds now is not noted: the last run did not end cleanly")
-    try:
-        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ImageError(f"{image}: {error.strerror}", "put the image back, or restore the disk with --output") from error
-    try:
-        if image_identity(fd, image) != known:
-            return RewindPlan(target, None, None, "its image was changed since the VM stopped")
-    finally:
-        os.close(fd)
-    try:
-        return RewindPlan(target, head.position, changed_ranges(history, target, head.position, position, BLOCK))
-    except MomentError as error:
-        return RewindPlan(target, head.position, None, str(error))
 
 
 def _recover(journal: Path, targets: Sequence[str]) -> None:
@@ -243,13 +240,6 @@ def stopped(journal: Path) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _declare(journal: Path, position: Position, targets: Sequence[str]) -> None:
-    intent = {"run": run_name(position.run), "seq": position.seq, "time_ns": position.time_ns, "disks": list(targets)}
-    write_durably(journal / RESTORE_PENDING, json.dumps(intent).encode() + b"\n")
-    (journal / "head.json").unlink(missing_ok=True)
-    sync_directory(journal)
 
 
 @contextmanager

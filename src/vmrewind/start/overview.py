@@ -109,7 +109,9 @@ def overview(handle: VmHandle) -> dict[str, Any]:
             problems.append(f"the journal is full and the guest's writes are held until it has room{lacking}")
     elif head is not None:
         since = datetime.fromtimestamp(head.position.time_ns / 1e9).astimezone().isoformat(timespec="seconds")
-        for target, cause in unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else (), handle.journal).items():
+        causes = {target: one.why_apart for target, one in head.apart.items()}
+        causes |= unrecorded(head, [disk.target for disk in runs[-1].disks] if runs else (), handle.journal)
+        for target, cause in causes.items():
             problems.append(f"{target}: history has a gap since {since}, until the next protected start resyncs it: {cause}")
     elif runs:
         problems.append(

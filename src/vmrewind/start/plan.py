@@ -256,6 +256,8 @@ class Planner:
             return past.gap_cause
         if past.head.gap is not None:
             return past.head.gap
+        if (apart := past.head.apart.get(image.target)) is not None:
+            return apart.why_apart
         left = past.head.images.get(image.target)
         if left is not None and left.device and left.writes.split(":")[0] != boot_id().hex():
             return "the host was booted since: whether anybody wrote to the device meanwhile is not known"
