@@ -11,13 +11,15 @@ import pytest
 
 from tests.bad_sectors import PAGE, bad_sector, unreadable
 from tests.history_tools import UUID, VM, MadeHistory, exit_code_of_main
-from vmrewind.capture.recovery import Recovered, recover
+from tests.ship_support import WrittenJournal
+from vmrewind.capture.recovery import Recovered, find_end, recover
 from vmrewind.errors import CorruptionError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.content import Unreadable, content
+from vmrewind.journal.copy_before_write import CopyBeforeWrite, map_path
 from vmrewind.journal.events import EventLog
 from vmrewind.journal.origin import FILLING
-from vmrewind.journal.reader import Segment, records
+from vmrewind.journal.reader import Segment, records, segment_files
 from vmrewind.journal.runs import RESTORE_PENDING, run_path
 from vmrewind.journal.state import StatePage
 from vmrewind.paths import VmPaths
@@ -118,6 +120,34 @@ def test_a_rewind_after_a_crash_needs_no_older_runs_description(vm: Stopped) -> 
     assert _unprotected_since(vm.made.journal, recovered) is None
 
 
+def test_a_crash_is_recovered_though_a_segment_before_the_checkpoint_cannot_be_read(tmp_path: Path) -> None:
+    written = WrittenJournal(tmp_path / "journal")
+    for _ in range(3):
+        written.batch([(fmt.Op.WRITE, 0, b"record")])
+        written.writer._roll(0)
+    written.batch([(fmt.Op.WRITE, 0, b"record")])
+    end = find_end(written.journal, 7, verify_after=3)
+    assert end is not None
+    first, second, *_ = segment_files(written.journal)
+    unreadable(first.path)
+    unreadable(second.path)
+    assert find_end(written.journal, 7, verify_after=3) == end
+    with pytest.raises(CorruptionError, match=first.path.name):
+        find_end(written.journal, 7, verify_after=0)
+
+
+def test_a_bases_map_and_a_log_are_named(vm: Stopped) -> None:
+    path = map_path(vm.made.journal, "vda")
+    with open(path, "wb"), bad_sector(path, 0), pytest.raises(OSError, match=str(path)):
+        CopyBeforeWrite.open(vm.made.journal, "vda")
+    log = vm.paths.events(vm.second)
+    log.parent.mkdir(parents=True)
+    unreadable(log)
+    code, _, err = vm("events", vm.toml)
+    assert code == CorruptionError.exit_code
+    assert str(log) in err and "Input/output error" in err
+
+
 def test_a_state_page_is_an_error_and_no_signal(vm: Stopped) -> None:
     StatePage(vm.made.journal).close()
     path = vm.made.journal / "capture.state"
@@ -183,11 +213,10 @@ def test_what_is_had_elsewhere_is_not_missed(vm: Stopped, tmp_path: Path) -> Non
 
 
 def test_an_error_that_nobody_expected_is_a_line_with_the_file(vm: Stopped) -> None:
-    vm.paths.events(7).parent.mkdir(parents=True)
-    vm.paths.events(7).mkdir()
-    code, _, err = vm("events", vm.toml)
+    vm.paths.ship.mkdir(parents=True)
+    code, _, err = vm("ship", "off", vm.toml)
     assert code == 1
-    assert str(vm.paths.events(7)) in err and "Is a directory" in err
+    assert f"error: {vm.paths.ship}: Is a directory" in err
     assert "Traceback" not in err
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.bad_sectors import unreadable
 from tests.ship_support import MIB, WrittenJournal
 from vmrewind.capture.policy import POLICIES, RUN_DONE, FullPolicy
 from vmrewind.journal import format as fmt
@@ -79,3 +80,13 @@ def test_history_of_a_disk_that_is_not_carried_is_lost_with_its_segment_and_that
 def test_a_word_that_makes_no_sense_lets_nothing_go(journal: Path, state: StatePage, word: str) -> None:
     (journal / "shipped.json").write_text(word)
     assert verdicts(journal, state) == [Recycling.NO] * 4
+
+
+@pytest.mark.parametrize("broken", [lambda path: path.write_bytes(b"garbage"), unreadable], ids=["damaged", "bad sector"])
+def test_a_header_that_cannot_be_read_keeps_nothing_that_ship_has(
+    journal: Path, state: StatePage, broken: Callable[[Path], object]
+) -> None:
+    third = first_seq(segment_files(journal)[2])
+    broken(segment_files(journal)[1].path)
+    say(journal, {7: third - 1})
+    assert verdicts(journal, state) == [Recycling.FREE, Recycling.FREE, Recycling.NO, Recycling.NO]

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.bad_sectors import bad_sector, unreadable
 from tests.history_tools import MadeHistory
 from vmrewind.journal import format as fmt
 from vmrewind.journal.closed_gaps import note_gap_closed
 from vmrewind.journal.runs import Discontinuity, Position
 from vmrewind.ship.noted import forget_shipped_elsewhere
-from vmrewind.start.continuity import goes_on
+from vmrewind.start.continuity import gap_closed, goes_on
 
 
 def history(tmp_path: Path) -> tuple[MadeHistory, Position]:
@@ -89,3 +90,25 @@ def test_what_was_shipped_to_another_repository_is_not_shipped(tmp_path: Path, w
     path.write_text(word)
     forget_shipped_elsewhere(tmp_path, "a")
     assert path.exists() is stays
+
+
+def test_a_segment_that_cannot_be_read_is_had_from_the_repository_or_ends_it(tmp_path: Path) -> None:
+    made, end = history(tmp_path)
+    unreadable(made.segment_paths()[0])
+    assert goes(made, end)
+    unreadable(made.segment_paths()[-1])
+    assert not goes(made, end)
+
+
+def test_where_a_gap_that_was_closed_cannot_be_read_it_is_open(tmp_path: Path) -> None:
+    made, end = history(tmp_path)
+    path = made.segment_paths()[-1]
+    assert path.name.startswith(f"{end.run:016x}")
+    with bad_sector(path, fmt.SEGMENT_HEADER_SIZE):
+        assert not gap_closed(made.journal, end.run, 0, end.seq)
+
+
+def test_a_word_of_ships_that_cannot_be_read_is_taken_back(tmp_path: Path) -> None:
+    unreadable(tmp_path / "shipped.json")
+    forget_shipped_elsewhere(tmp_path, "here")
+    assert not (tmp_path / "shipped.json").is_symlink()

@@ -14,7 +14,7 @@ from vmrewind.errors import CorruptionError
 from vmrewind.journal.format import segment_name
 from vmrewind.journal.origin import FILLING
 from vmrewind.journal.pool import Recycling
-from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader
+from vmrewind.journal.reader import Segment, SegmentFile, SegmentHeader, UnreadableHeader
 from vmrewind.journal.state import StatePage
 
 POLICIES: Final = ("drop-history", "bypass", "block")
@@ -85,7 +85,7 @@ class FullPolicy:
                 return following.header
         except FileNotFoundError:
             return None
-        except CorruptionError:
+        except (CorruptionError, UnreadableHeader):
             return self._successor(replace(segment, number=segment.number + 1))
 
     def _is_carried(self, segment: SegmentFile, successor: SegmentHeader | None) -> bool:

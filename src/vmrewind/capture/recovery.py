@@ -20,7 +20,7 @@ from vmrewind.capture.since import forget, leave_mark, remember, remembered, use
 from vmrewind.errors import CorruptionError, ImageError
 from vmrewind.journal import format as fmt
 from vmrewind.journal.copy_before_write import CopyBeforeWrite
-from vmrewind.journal.reader import Batch, Segment, SegmentHeader, records, segment_files
+from vmrewind.journal.reader import Batch, Segment, SegmentHeader, UnreadableHeader, records, segment_files
 from vmrewind.journal.runs import (
     RESTORE_PENDING,
     DiskInfo,
@@ -140,7 +140,7 @@ def _header(path: Path) -> SegmentHeader | None:
     try:
         with Segment(path) as segment:
             return segment.header
-    except (CorruptionError, FileNotFoundError):
+    except (CorruptionError, FileNotFoundError, UnreadableHeader):
         return None
 
 

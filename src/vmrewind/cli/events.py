@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from vmrewind.errors import MomentError, UsageError
+from vmrewind.errors import CorruptionError, MomentError, UsageError
+from vmrewind.journal.content import Unreadable, content
 from vmrewind.start.resolve import open_vm
 
 
@@ -28,7 +29,11 @@ def events(
         raise MomentError(f"{handle.name}: no run {run or ''} has an event log here", "see `vmrewind timeline` for its runs")
     if run is not None and len(logs) > 1:
         raise MomentError(f"{handle.name}: {len(logs)} runs begin with {run}", "give more of the run's id")
-    for line in logs[-1].read_text().splitlines():
+    try:
+        text = content(logs[-1]).decode(errors="replace")
+    except Unreadable as error:
+        raise CorruptionError(f"{logs[-1]}: {error}", "what it told is lost, history is not; --run shows another run's") from error
+    for line in text.splitlines():
         if json:
             print(line)
             continue

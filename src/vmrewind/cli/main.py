@@ -89,7 +89,8 @@ def _plain(error: cyclopts.CycloptsError) -> str:
 
 def _failure(error: OSError) -> VmrewindError:
     """What the system refused and nobody expected, with the file that it is about where the system tells."""
-    about = f"{error.filename}: " if error.filename is not None else ""
+    name = error.filename2 or error.filename  # of a renaming the new name
+    about = f"{name}: " if name is not None else ""
     of = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else VmrewindError
     return of(f"{about}{error.strerror or str(error) or type(error).__name__}", "the kernel's log (dmesg) may tell more")
 

@@ -147,7 +147,10 @@ class CopyBeforeWrite:
         except FileNotFoundError:
             return None
         try:
-            head = os.pread(fd, _REASON_AT, 0)
+            try:
+                head = os.pread(fd, _REASON_AT, 0)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(map_path(journal, target))) from error
             try:
                 base = BegunBase.from_json(head[_TEXT_AT : _TEXT_AT + int.from_bytes(head[_LENGTH_AT:_TEXT_AT], "little")])
             except (ValueError, KeyError, TypeError):

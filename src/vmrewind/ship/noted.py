@@ -50,7 +50,7 @@ def forget_shipped_elsewhere(journal: Path, repository_id: str | None) -> None:
         told = json.loads(path.read_bytes())["repository"]
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         told = None
     if told is None or told != repository_id:
         path.unlink()

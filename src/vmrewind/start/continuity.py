@@ -68,7 +68,7 @@ def _ranges(journal: Path, info: RunInfo, shipped: list[SegmentName], disk: int,
         try:
             with Segment(file.path) as segment:
                 firsts.append((file.number, segment.header.first_seq))
-        except (CorruptionError, FileNotFoundError):
+        except (CorruptionError, OSError):
             continue
     for (number, first), (following, then) in pairwise(firsts):
         if following == number + 1:
@@ -98,7 +98,7 @@ def gap_closed(journal: Path, run: int, disk: int, last: int) -> bool:
                     for record in records(batch) if batch.count == 1 else ():
                         if record.op == fmt.Op.EVENT and record.flags == fmt.Event.GAP_END and record.disk == disk:
                             return True
-        except (CorruptionError, FileNotFoundError):
+        except (CorruptionError, OSError):
             continue
     return False
 
