@@ -14,6 +14,7 @@ from tests.history_tools import UUID, VM, MadeHistory, exit_code_of_main
 from tests.ship_support import WrittenJournal
 from vmrewind.capture.recovery import Recovered, find_end, recover
 from vmrewind.errors import CorruptionError
+from vmrewind.history.stretches import merged_directory
 from vmrewind.journal import format as fmt
 from vmrewind.journal.content import Unreadable, content
 from vmrewind.journal.copy_before_write import CopyBeforeWrite, map_path
@@ -194,6 +195,21 @@ def test_a_saved_configuration_is_named_and_hides_no_other_vm(vm: Stopped) -> No
     (found,) = json.loads(out)
     assert code == 0
     assert str(vm.paths.config) in found["problems"][0]
+
+
+def test_directories_that_cannot_be_listed(vm: Stopped) -> None:
+    merged_directory(vm.made.journal).symlink_to("merged")
+    assert vm("timeline", vm.toml)[0] == 0, "it is a cache"
+    load_toml(vm.toml).save(vm.paths.config)
+    runs = vm.made.journal / "runs"
+    shutil.rmtree(runs)
+    runs.touch()
+    code, _, err = vm("status", VM)
+    assert code == 1
+    assert f"{runs}: Not a directory" in err
+    code, out, _ = vm("status", "--json")
+    assert code == 0, "it hides no other VM"
+    assert str(runs) in json.loads(out)[0]["problems"][0]
 
 
 def test_what_is_had_elsewhere_is_not_missed(vm: Stopped, tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def _overview(name: str) -> dict[str, Any]:
         return overview(open_vm(name))
     except VmrewindError as error:
         return {"vm": name, "state": "unknown", "problems": [f"{error} ({error.hint})"]}
+    except OSError as error:
+        return {"vm": name, "state": "unknown", "problems": [str(error)]}
 
 
 def _list(every: list[dict[str, Any]]) -> None:

@@ -57,8 +57,8 @@ def merged_stretches(journal: Path) -> list[Stretch]:
     """The stretches that there are tables of, in order, as far as names tell."""
     try:
         names = [path.name for path in merged_directory(journal).iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    except OSError:
+        return []  # A cache: what was merged is in the segments too.
     return sorted(stretch for name in names if (stretch := _parse(name)) is not None)
 
 
