@@ -105,6 +105,12 @@ def test_a_path_that_is_ambiguous_or_not_there_is_refused(past: Alone) -> None:
     assert told("ls", f"{past.config}:vda", "--at", "@one", "/passwd")["volume"]["name"] == "vda3"
     missing = vmrewind("get", past.config, "--at", "@one", "--partition", "1", "/etc/nothing", check=False)
     assert missing.returncode == 13 and "/etc/nothing" in missing.stderr
+    never = vmrewind("find", past.config, "--path", "/etc/nothing", "--from", "@other", check=False)
+    assert never.returncode == 13 and "/etc/nothing" in never.stderr
+    behind = vmrewind("find", past.config, "--offset", str(SIZE), check=False)
+    assert behind.returncode == 2 and str(SIZE) in behind.stderr
+    untouched = vmrewind("find", past.config, "--offset", str(SIZE - 4 * MIB), check=False)
+    assert untouched.returncode == 0 and untouched.stdout == "" and "no record" in untouched.stderr
     unknown = vmrewind("ls", past.config, "--at", "@one", "--partition", "7", "/", check=False)
     assert unknown.returncode == 2 and "vda1, vda2, vda3, vda4" in unknown.stderr
     disk = vmrewind("ls", f"{past.config}:vdb", "--at", "@one", check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from cyclopts import Parameter
 
 from vmrewind.cli.chosen import BranchOption, Chosen, position_data
 from vmrewind.cli.inside import Partition, Replay, VmDisk, chosen
-from vmrewind.errors import UsageError
+from vmrewind.errors import FileError, NoSuchFileError, UsageError
 from vmrewind.history.moments import FORMS, format_time
 from vmrewind.journal.runs import Position
 from vmrewind.recover.files.client import Reader, require_libraries
@@ -34,23 +35,44 @@ def find(
     replay: Replay = False,
     branch: BranchOption = None,
     json: Annotated[bool, Parameter(negative="", help="Print one JSON object a line.")] = False,
-) -> None:
+) -> int:
     """Find the moments at which a file changed, or the records that touched a range of a disk."""
     if (path is None) == (offset is None) or length < 1 or (offset or 0) < 0:
         raise UsageError("say what to look for", "give either --path PATH, or --offset N and --length N")
     with chosen(vm, branch) as there:
         if offset is not None:
+            _refuse_behind_the_end(there, offset)
+            touched = False
             for touch in (touch for target in there.targets for touch in _touches(there, target, offset, length, from_, to)):
+                touched = True
                 print(json_module.dumps(_touch_data(touch)) if json else _touch_line(touch), flush=True)
-            return
+            if not touched:
+                print("no record touched these bytes between these moments", file=sys.stderr)
+            return 0
         assert path is not None, "one of the two is given"
         require_libraries()
+        problems: dict[tuple[str, str], str] = {}
         with Reader() as reader:
             for target in there.targets:
                 ends = _ends(there, target, from_, to)
                 found = changes(there.history, there.branch, target, reader, os.fsencode(path), partition, ends, replay=replay)
                 for change in found:
+                    problems[change.target, change.volume] = change.state.problem
                     print(json_module.dumps(_change_data(change)) if json else _change_line(change), flush=True)
+        if not problems:
+            raise NoSuchFileError(
+                f"{path}: is at none of these moments in a file system that can be read",
+                "ls shows what there is; --from, --to and --partition say where it is looked for",
+            )
+        # What is unreadable in between is often being made; what is so at the end cannot be told.
+        return FileError.exit_code if any(problems.values()) else 0
+
+
+def _refuse_behind_the_end(there: Chosen, offset: int) -> None:
+    known = (leg.info.disk(target) for leg in there.branch.legs for target in there.targets)
+    size = max((disk.size for disk in known if disk is not None), default=0)
+    if offset >= size:
+        raise UsageError(f"--offset {offset} is behind the end of {', '.join(there.targets)}", f"there are {size} bytes")
 
 
 def _touches(there: Chosen, target: str, offset: int, length: int, from_: str | None, to: str) -> Iterator[Touch]:

@@ -54,20 +54,6 @@ class _Image(pytsk3.Img_Info):  # type: ignore[misc]
         pass
 
 
-def partitions(blocks: Blocks) -> list[tuple[int, int, str]]:
-    """(offset, bytes, description) of the partitions of a table (MBR and its logical ones, GPT); none without a table."""
-    try:
-        table = pytsk3.Volume_Info(_Image(blocks))
-    except OSError:
-        return []
-    block = int(table.info.block_size)
-    return [
-        (int(part.start) * block, int(part.len) * block, bytes(part.desc).decode(errors="replace"))
-        for part in table
-        if int(part.flags) & pytsk3.TSK_VS_PART_FLAG_ALLOC
-    ]
-
-
 class _Content:
     """See Blocks."""
 

@@ -12,8 +12,9 @@ import pyvslvm
 from vmrewind.errors import FileError
 from vmrewind.recover.files.blocks import Blocks, Over, Part, Stream
 from vmrewind.recover.files.ext_journal import pending, replayed
+from vmrewind.recover.files.tables import partitions
 from vmrewind.recover.files.tree import FileSystem
-from vmrewind.recover.files.tsk import SleuthKit, partitions
+from vmrewind.recover.files.tsk import SleuthKit
 from vmrewind.recover.files.xfs import Xfs
 
 _EXT_MAGIC_AT: Final = 0x438
@@ -51,14 +52,14 @@ def volumes(disks: dict[str, Blocks], *, replay: bool) -> list[Found]:
 
 
 def _of_disk(name: str, disk: Blocks) -> Iterator[Found]:
-    # A file system without partitions may look like a table to the library: FAT's and NTFS's first sectors end as an MBR does.
+    # A file system without partitions may look like a table: FAT's and NTFS's first sectors end as an MBR does.
     kind = kind_of(disk)
-    parts = partitions(disk) if not kind else []
-    if not parts:
-        yield Found(name, disk, "whole disk", kind, place=(name, 0))
-    for number, (offset, size, description) in enumerate(parts, 1):
-        part = Part(disk, offset, size)
-        yield Found(f"{name}{number}", part, description, kind_of(part), place=(name, offset))
+    table, notes = ([], []) if kind else partitions(disk)
+    if not table:
+        yield Found(name, disk, "whole disk", kind, notes=notes, place=(name, 0))
+    for found in table:
+        part = Part(disk, found.offset, found.size)
+        yield Found(f"{name}{found.number}", part, found.description, kind_of(part), notes=[*notes], place=(name, found.offset))
 
 
 def kind_of(blocks: Blocks) -> str:
