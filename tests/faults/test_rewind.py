@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from vmrewind.history.resolve import resolve
 from vmrewind.history.view import View
 from vmrewind.journal import format as fmt
 from vmrewind.journal.copy_before_write import begun_base
-from vmrewind.journal.runs import Discontinuity, Head, ImageIdentity, Position, read_head, write_durably
+from vmrewind.journal.runs import Discontinuity, Head, ImageIdentity, Kept, Position, read_head, write_durably
 from vmrewind.nbd import protocol as nbd
 from vmrewind.recover.in_place import restore_in_place
 from vmrewind.recover.intent import pending
@@ -234,6 +235,16 @@ def test_what_no_history_has_is_not_forgotten_by_a_rewind_of_another_disk(made: 
     assert made.images["vdb"].read_bytes() == written
     rewind(made, made.position(7), discard=True)
     assert contents(made) == truth(made, 7)
+
+
+def test_a_base_that_is_being_made_of_another_disk_stays_noted(made: Stopped) -> None:
+    head = read_head(made.journal)
+    assert head is not None
+    kept = {target: Kept(f"base-of-{target}", identity) for target, identity in head.images.items()}
+    write_durably(made.journal / "head.json", replace(head, kept=kept).to_json())
+    rewind(made, made.position(7), "vda")
+    head = read_head(made.journal)
+    assert head is not None and head.kept == {"vdb": kept["vdb"]}
 
 
 def test_a_disk_that_ends_within_a_block(tmp_path: Path) -> None:
