@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_sectors import PAGE, bad_sector
+from tests.bad_sectors import PAGE, bad_sector, unreadable
 from tests.history_tools import exit_code_of_main
 from tests.ship_support import MIB, VM, WrittenJournal, covered, shipped
 from vmrewind.errors import CorruptionError
@@ -24,8 +24,9 @@ from vmrewind.repository.repository import Repository, VmRepository
 from vmrewind.ship import patience, process
 from vmrewind.ship.carrier import Carrier, Pulled
 from vmrewind.ship.cursor import Cursor, Hole, has_records
+from vmrewind.ship.instructions import Instructions
 from vmrewind.ship.meter import unsent
-from vmrewind.ship.patience import Unreadable
+from vmrewind.ship.patience import UnreadableNow
 from vmrewind.ship.plan import Entry
 from vmrewind.ship.shipper import Shipper
 
@@ -210,7 +211,7 @@ def test_what_can_be_read_every_other_time_is_no_damage(place: Place, clock: Clo
             carrier.cursor.release()
 
     for _ in range(15):
-        with bad_sector(path, offset), pytest.raises(Unreadable):
+        with bad_sector(path, offset), pytest.raises(UnreadableNow):
             looked()
         clock.seconds += 30
         assert looked() == place.last_seq
@@ -291,7 +292,7 @@ def test_who_may_open_no_more_files_waits(place: Place, clock: Clock, monkeypatc
             patch.setattr(reader.os, "open", no_more)
             with pytest.raises(OSError, match="Too many open files") as raised:
                 Cursor(place.written.journal, 7, 1, growing=True, patience=place.shipper._patience).read()
-        assert not isinstance(raised.value, Unreadable)
+        assert not isinstance(raised.value, UnreadableNow)
         clock.seconds += 30
     assert tried(place) and place.holes() == []
 
@@ -326,6 +327,25 @@ def test_what_a_stopped_vm_left_is_carried_around_a_bad_sector(
         assert code == CorruptionError.exit_code and place.holes() == []
         assert place.seqs() == list(range(1, first))
         assert finished(place) == 0 and place.seqs() == list(range(1, place.last_seq + 1))
+
+
+def test_ship_does_without_its_log_and_with_the_instructions_it_had(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place.root / "vm/events").mkdir(parents=True)
+    instructed = place.root / "vm/ship.json"
+    instructed.write_text(json.dumps({"disks": list(DISKS)}))
+    instructions = Instructions(instructed)
+    assert instructions.read().disks == DISKS
+    unreadable(instructed)
+    assert [instructions.read().disks for _ in range(3)] == [DISKS] * 3
+    assert capsys.readouterr().err.count("ship.json: it cannot be read: Input/output error; going on as before") == 1
+    monkeypatch.setattr(patience, "UNREADABLE_SECONDS", 0.0)
+    place.shipper = Shipper(VM, place.written.journal, place.vm.repository.url, place.root / "vm")
+    unreadable(place.root / "vm/events" / f"{7:016x}.jsonl")
+    with bad_sector(place.path(2), middle(place.path(2), 2)):
+        place.drain()
+    assert len(place.seqs()) == place.last_seq - 2 and "cannot be shipped" in capsys.readouterr().err
 
 
 def test_verify_names_every_page_that_cannot_be_read(place: Place) -> None:

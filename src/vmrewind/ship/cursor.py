@@ -24,7 +24,7 @@ from vmrewind.journal.reader import (
     segment_files,
     unpack_segment_header,
 )
-from vmrewind.ship.patience import Patience, Unreadable
+from vmrewind.ship.patience import Patience, UnreadableNow
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ class Cursor:
             raise self.unreadable
 
     def _given_back(self, read: Callable[[], T], path: Path, offset: int) -> T | None:
-        """What ``read`` reads; None if it cannot, and patience has ended. Raises Unreadable while it has not."""
+        """What ``read`` reads; None if it cannot, and patience has ended. Raises UnreadableNow while it has not."""
         try:
             found = read()
         except OSError as error:
@@ -179,7 +179,7 @@ class Cursor:
             if not_opened or isinstance(error, FileNotFoundError):
                 raise  # It is gone, or this process may open no more files.
             if not self._patience.ends(path, offset):
-                raise Unreadable(error.errno, f"cannot be read at offset {offset}: {error.strerror}", str(path)) from error
+                raise UnreadableNow(error.errno, f"cannot be read at offset {offset}: {error.strerror}", str(path)) from error
             self._harm = f"cannot be read ({error.strerror})"
             self.unreadable = CorruptionError(
                 f"{path}: cannot be read at offset {offset}: {error.strerror}",

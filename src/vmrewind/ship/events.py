@@ -51,8 +51,8 @@ def declare_superseded(state: Path, run: int, who: Successor) -> None:
 def _declared(path: Path, event: str, content: dict[str, object]) -> bool:
     try:
         lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return False
+    except OSError:
+        return False  # Said twice is better than not at all.
     for line in lines:
         if event.encode() not in line:
             continue

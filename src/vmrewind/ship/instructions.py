@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmrewind.journal.content import content
+
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
@@ -19,14 +21,14 @@ class Instruction:
 
 def _instructed(path: Path) -> Instruction:
     """What the file says; an empty one is an absent one. Raises ValueError if it makes no sense."""
-    text = path.read_bytes()
+    text = content(path)
     if not text.strip():
         return Instruction()
-    content = json.loads(text)
-    disks = content.get("disks", []) if isinstance(content, dict) else None
+    plain = json.loads(text)
+    disks = plain.get("disks", []) if isinstance(plain, dict) else None
     if not isinstance(disks, list) or not all(isinstance(disk, str) for disk in disks):
         raise ValueError("it is not an object with a list of disks")
-    limit = content.get("bandwidth_limit")
+    limit = plain.get("bandwidth_limit")
     if limit is not None and (type(limit) is not int or limit <= 0):
         raise ValueError(f"{limit!r} is no bandwidth limit")
     return Instruction(tuple(sorted(set(disks))), limit)

@@ -12,7 +12,7 @@ _FORGOTTEN_SECONDS: Final = 90.0
 """A file that nobody tried to read for so long may have been readable meanwhile. Ship tries again every half minute."""
 
 
-class Unreadable(OSError):
+class UnreadableNow(OSError):
     """Storage does not give back a place of the journal, and patience has not ended yet."""
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from vmrewind.errors import CorruptionError, RepositoryError, VmrewindError
 from vmrewind.journal.runs import private, private_directory
 from vmrewind.ship.instructions import Instruction, Instructions
-from vmrewind.ship.patience import Unreadable
+from vmrewind.ship.patience import UnreadableNow
 from vmrewind.ship.status import Reporter, ShipStatus
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class _Process:
         except (VmrewindError, OSError) as error:
             words = _words(error)
             code = error.exit_code if isinstance(error, VmrewindError) else RepositoryError.exit_code
-            if isinstance(error, Unreadable):
+            if isinstance(error, UnreadableNow):
                 code = _UNREADABLE
             if self._shipper is not None:
                 self._shipper.reset()

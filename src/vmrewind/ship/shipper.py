@@ -31,7 +31,7 @@ from vmrewind.ship.lookout import Lookout
 from vmrewind.ship.meter import Meter, Start, noted_starts
 from vmrewind.ship.noted import forget_shipped_elsewhere, note
 from vmrewind.ship.pace import Pace
-from vmrewind.ship.patience import Patience, Unreadable
+from vmrewind.ship.patience import Patience, UnreadableNow
 from vmrewind.ship.plan import Entry, Plan, bases_needed, make_plan
 from vmrewind.ship.sender import Sender
 
@@ -297,7 +297,7 @@ class Shipper:
         entry = carrier.entry
         try:
             pulled = self._pull(carrier)
-        except Unreadable as error:
+        except UnreadableNow as error:
             if not self._plan.live_now:
                 raise  # What comes behind it on the branch could not be restored.
             if not self._unreadable:
