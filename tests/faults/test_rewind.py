@@ -348,6 +348,11 @@ def test_a_start_after_one_disk_was_rewound_resyncs_the_other(tmp_path: Path) ->
             client.sock.close()
     (run,) = _runs(alone)
     vmrewind("rewind", alone.config, "--to", "@one", "--disk", "vda")
+    told = vmrewind("rewind", alone.config, "--to", "@one").stdout
+    undo = told.rpartition("to undo it: vmrewind ")[2]
+    assert told.count("s back") == 2 and shlex.split(undo)[-2:] == ["--disk", "vdb"]
+    vmrewind(*shlex.split(undo))
+    vmrewind("rewind", alone.config, "--to", "@one", "--disk", "vda")
     (problem,) = alone.status()["problems"]
     assert problem.startswith("vdb: ") and "left as it was when another disk was taken" in problem
     (vda, vdb) = json.loads(vmrewind("rewind", alone.config, "--to", "@one", "--dry-run", "--json").stdout)["disks"].values()
