@@ -120,6 +120,16 @@ def test_a_damaged_block_of_a_directory_is_a_problem(
         assert {each.change for each in told} == {"unreadable"}, told
 
 
+def test_a_block_of_another_directory_is_no_beginning_of_this_one(
+    image: Callable[..., Path], readers: tuple[Reader, Reader]
+) -> None:
+    path = image("ext2")
+    content = bytearray(path.read_bytes())
+    few, root = (blocks_of(path, name)[0] * BLOCK for name in ("/few", "/"))
+    content[root : root + BLOCK] = content[few : few + BLOCK]
+    assert "does not begin with itself" in problem_of(readers[0], bytes(content), b"/")[0]
+
+
 def test_a_damaged_fat_directory_is_a_problem(image: Callable[..., Path], readers: tuple[Reader, Reader]) -> None:
     content = bytearray(image("fat").read_bytes())
     assert problem_of(readers[0], bytes(content), b"/many") == ("", MANY)

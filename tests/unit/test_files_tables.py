@@ -16,7 +16,7 @@ MIB = 1 << 20
 SIZE = 32 * MIB
 SECTOR = 512
 DOS = "label: dos\n/x1: start=2048, size=2048\n/x3: start=6144, size=20480, type=5\n/x5: start=8192, size=2048\n"
-DOS += "/x6: start=12288, size=2048\n/x7: start=16384, size=2048\n"
+DOS += "/x6: start=12288, size=2048\n/x7: start=16384, size=2048\n/x4: start=28672, size=2048\n"
 GPT = "label: gpt\n/x1: start=2048, size=2048, name=boot\n/x4: start=8192, size=4096\n"
 
 
@@ -38,6 +38,7 @@ def places(content: bytearray) -> dict[int, tuple[int, int]]:
 def test_numbers_are_linuxs(tmp_path: Path) -> None:
     assert places(disk(tmp_path / "dos", DOS)) == {
         1: (2048, 2048),
+        4: (28672, 2048),
         5: (8192, 2048),
         6: (12288, 2048),
         7: (16384, 2048),
@@ -80,7 +81,7 @@ def test_a_damaged_gpt_is_told_and_its_copy_used(tmp_path: Path, at: int) -> Non
 def test_a_disk_shorter_than_its_table_is_told(tmp_path: Path, table: str) -> None:
     content = disk(tmp_path / "disk", table)
     whole, _ = looked_at(content)
-    last = whole[-1]
+    last = max(whole, key=lambda each: each.offset)
     found, notes = looked_at(content[: last.offset + last.size - SECTOR])
     assert found == whole and len(notes) == 1
     assert f"partition {last.number} ends {SECTOR} bytes behind the disk's end" in notes[0]
@@ -92,9 +93,9 @@ def test_a_damaged_chain_of_logical_partitions_is_told(tmp_path: Path) -> None:
     content = bytearray(whole)
     content[second * SECTOR : (second + 1) * SECTOR] = bytes(SECTOR)
     found, notes = looked_at(content)
-    assert [each.number for each in found] == [1, 5] and len(notes) == 1 and f"sector {second}" in notes[0]
+    assert [each.number for each in found] == [1, 4, 5] and len(notes) == 1 and f"sector {second}" in notes[0]
     circle = bytearray(whole)
     link = 446 + 16 + 8
     circle[second * SECTOR + link : second * SECTOR + link + 4] = (second - 6144).to_bytes(4, "little")
     found, notes = looked_at(circle)
-    assert [each.number for each in found] == [1, 5, 6] and len(notes) == 1
+    assert [each.number for each in found] == [1, 4, 5, 6] and len(notes) == 1
