@@ -43,7 +43,7 @@ def _overview(name: str) -> dict[str, Any]:
     try:
         return overview(open_vm(name))
     except VmrewindError as error:
-        return {"vm": name, "state": "unknown", "problems": [f"{error} ({error.hint})"]}
+        return {"vm": name, "state": "unknown", "problems": [error.in_full]}
     except OSError as error:
         return {"vm": name, "state": "unknown", "problems": [str(error)]}
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.content import content
-from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import Position, sync_directory, write_durably
 
 FILLING = "filling.json"
@@ -40,7 +39,7 @@ class Origin:
 
     def write(self, journal: Path, target: str) -> None:
         """Note durably that the base of a disk is to be made."""
-        plain = asdict(self) | {"position": asdict(self.position) | {"run": run_name(self.position.run)}}
+        plain = asdict(self) | {"position": self.position.as_plain()}
         write_durably(Origin.path(journal, target), json.dumps(plain).encode() + b"\n")
 
     @classmethod
@@ -49,8 +48,7 @@ class Origin:
         path = Origin.path(journal, target)
         try:
             plain = json.loads(content(path))
-            where = plain["position"]
-            position = Position(int(where["run"], 16), int(where["seq"]), int(where["time_ns"]))
+            position = Position.of_plain(plain["position"])
             return cls(str(plain["vm"]), position, str(plain["base"]), str(plain["uuid"]), str(plain.get("lost", "")))
         except FileNotFoundError:
             return None

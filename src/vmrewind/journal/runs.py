@@ -45,6 +45,15 @@ class Position:
     seq: int
     time_ns: int
 
+    def as_plain(self) -> dict[str, Any]:
+        """As files of the local state have it: the run by its name."""
+        return asdict(self) | {"run": run_name(self.run)}
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Position:
+        """What ``as_plain`` gave. Raises KeyError, TypeError, ValueError."""
+        return cls(int(plain["run"], 16), int(plain["seq"]), int(plain["time_ns"]))
+
 
 @dataclass(frozen=True, slots=True)
 class ImageIdentity:
@@ -129,7 +138,7 @@ class RunInfo:
             plain = _unsealed(data)
             return cls(
                 run=int(plain["run"], 16),
-                parent=_position(plain["parent"]) if plain["parent"] else None,
+                parent=Position.of_plain(plain["parent"]) if plain["parent"] else None,
                 vm=plain["vm"],
                 uuid=plain["uuid"],
                 host=plain["host"],
@@ -196,12 +205,12 @@ class Head:
 
     def to_json(self) -> bytes:
         """The file's content."""
-        plain: dict[str, Any] = _plain(self.position) | {
+        plain: dict[str, Any] = self.position.as_plain() | {
             "images": {target: asdict(identity) for target, identity in self.images.items()},
         }
         plain |= {"gap": self.gap} if self.gap is not None else {}
         plain |= {"kept": {target: asdict(kept) for target, kept in self.kept.items()}} if self.kept else {}
-        apart = {target: asdict(one) | {"position": _plain(one.position)} for target, one in self.apart.items()}
+        apart = {target: asdict(one) | {"position": one.position.as_plain()} for target, one in self.apart.items()}
         plain |= {"apart": apart} if apart else {}
         return _sealed(plain)
 
@@ -211,11 +220,11 @@ class Head:
         plain = _unsealed(data)
         images = {target: ImageIdentity(**identity) for target, identity in plain["images"].items()}
         kept = {t: Kept(one["base"], ImageIdentity(**one["identity"])) for t, one in plain.get("kept", {}).items()}
-        apart = {
-            t: DiskHead(_position(one["position"]), ImageIdentity(**one["identity"]) if one["identity"] else None, one["gap"])
-            for t, one in plain.get("apart", {}).items()
-        }
-        return cls(_position(plain), images, plain.get("gap"), kept, apart)
+        apart = {}
+        for target, one in plain.get("apart", {}).items():
+            identity = ImageIdentity(**one["identity"]) if one["identity"] else None
+            apart[target] = DiskHead(Position.of_plain(one["position"]), identity, one["gap"])
+        return cls(Position.of_plain(plain), images, plain.get("gap"), kept, apart)
 
     @classmethod
     def from_file(cls, path: Path) -> Head:
@@ -244,14 +253,6 @@ def _unsealed(data: bytes) -> dict[str, Any]:
 
 def _checksum(plain: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
-
-
-def _plain(position: Position) -> dict[str, Any]:
-    return asdict(position) | {"run": run_name(position.run)}
-
-
-def _position(plain: Mapping[str, Any]) -> Position:
-    return Position(int(plain["run"], 16), int(plain["seq"]), int(plain["time_ns"]))
 
 
 def run_path(journal: Path, run: int) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 
 from vmrewind.errors import CorruptionError
 from vmrewind.journal.content import content
-from vmrewind.journal.format import run_name
 from vmrewind.journal.runs import RESTORE_PENDING, Head, Position, sync_directory, write_durably
 
 
@@ -28,7 +27,7 @@ def pending(journal: Path) -> Intent | None:
     path = journal / RESTORE_PENDING
     try:
         plain: dict[str, Any] = json.loads(content(path))
-        position = Position(int(plain["run"], 16), plain["seq"], plain["time_ns"])
+        position = Position.of_plain(plain)
         others = Head.from_json(json.dumps(plain["others"]).encode()) if "others" in plain else Head(position, {})
         return Intent(position, list(plain["disks"]), others)
     except FileNotFoundError:
@@ -41,14 +40,7 @@ def pending(journal: Path) -> Intent | None:
 
 def declare(journal: Path, intent: Intent) -> None:
     """Note durably that a restore begins; from here on the images hold no moment that the journal's head could tell."""
-    position = intent.position
-    plain = {
-        "run": run_name(position.run),
-        "seq": position.seq,
-        "time_ns": position.time_ns,
-        "disks": list(intent.targets),
-        "others": json.loads(intent.others.to_json()),
-    }
+    plain = intent.position.as_plain() | {"disks": list(intent.targets), "others": json.loads(intent.others.to_json())}
     write_durably(journal / RESTORE_PENDING, json.dumps(plain).encode() + b"\n")
     (journal / "head.json").unlink(missing_ok=True)
     sync_directory(journal)

@@ -253,5 +253,4 @@ class _Process:
 
 def _words(error: VmrewindError | OSError) -> str:
     """On one line, as a log wants it."""
-    hint = getattr(error, "hint", "")
-    return " ".join(f"{error} ({hint})".split() if hint else str(error).split())
+    return " ".join((error.in_full if isinstance(error, VmrewindError) else str(error)).split())

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Final
 
 from vmrewind.capture.image import device_size
-from vmrewind.errors import ConfigError, ImageError, LibvirtError, SpaceError, StartError, VmStateError
+from vmrewind.errors import ConfigError, ImageError, LibvirtError, SpaceError, StartError
 from vmrewind.history.succession import judge, refusal
 from vmrewind.journal.runs import local_runs, read_head
 from vmrewind.paths import VmPaths
 from vmrewind.repository.repository import VmRepository
 from vmrewind.start.children import CaptureChild
 from vmrewind.start.hook_script import Installed, install, reload_daemons
-from vmrewind.start.identity import known_uuid
+from vmrewind.start.identity import known_uuid_of
 from vmrewind.start.images import check_image, known_end, refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.saved_state import SAVED_STATES
 from vmrewind.start.supersession import ask
@@ -50,7 +50,7 @@ def check_history(config: VmConfig, paths: VmPaths) -> VmRepository:
     journal = storage_of(config)
     refuse_half_restored(config.name, journal)
     refuse_half_taken_over(config.name, journal)
-    _check_identity(config, paths)
+    known_uuid_of(config, paths)
     _check_known_disks(config, journal)
     assert config.protection.repository is not None, "protect asks for one"
     answer = ask(config.protection.repository, config.name, journal)
@@ -62,14 +62,6 @@ def check_history(config: VmConfig, paths: VmPaths) -> VmRepository:
     if (who := judge(journal, paths.state, answer.others, end)) is not None:
         raise refusal(config.name, answer.repository.repository.url, who)
     return answer.repository
-
-
-def _check_identity(config: VmConfig, paths: VmPaths) -> None:
-    if (known := known_uuid(paths)) not in (None, config.uuid):
-        raise VmStateError(
-            f"{config.name}: this host knows a VM of that name with uuid {known}, not {config.uuid}",
-            f"rename one of them, or move {paths.state} away if the old one is gone for good",
-        )
 
 
 def _check_known_disks(config: VmConfig, journal: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmrewind.capture.image import Image
-from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmrewindError, VmStateError
+from vmrewind.errors import ConfigError, ImageError, RepositoryError, VmrewindError
 from vmrewind.history.branch import last_takeover
 from vmrewind.history.configuration import config_digest
 from vmrewind.journal.copy_before_write import BegunBase, CopyBeforeWrite, State, remove
@@ -35,7 +35,7 @@ from vmrewind.repository.repository import VmRepository
 from vmrewind.ship.noted import forget_shipped_elsewhere
 from vmrewind.start.bases import Progress, back_up, begin, complete_begun, is_of, matching_base
 from vmrewind.start.continuity import goes_on, newest_run
-from vmrewind.start.identity import known_uuid
+from vmrewind.start.identity import known_uuid_of
 from vmrewind.start.images import refuse_half_restored, refuse_half_taken_over
 from vmrewind.start.known_repository import is_where_it_was, note_repository
 from vmrewind.start.origins import first_bases
@@ -191,12 +191,7 @@ class Planner:
 
     def vm_uuid(self) -> str:
         """The VM's identity: given, known from earlier, or new."""
-        if (known := known_uuid(self.paths)) is not None:
-            if self.config.uuid not in (None, known):
-                raise VmStateError(
-                    f"{self.config.name}: this host knows a VM of that name with uuid {known}, not {self.config.uuid}",
-                    f"rename one of them, or move {self.paths.state} away if the old one is gone for good",
-                )
+        if (known := known_uuid_of(self.config, self.paths)) is not None:
             return known
         if self.config.uuid is None and self.repository is not None and (taken := self.repository.uuid()) is not None:
             raise RepositoryError(
