@@ -136,7 +136,7 @@ def _ready(directory: Path, repeats: int) -> list[dict[str, float]]:
             line = json.loads(export.stdout.readline())
             seconds = time.perf_counter() - begun
             ticks = Path(f"/proc/{export.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-            export.terminate()  # SIGINT right after the ready line may be lost
+            export.terminate()
         assert line["event"] == "ready", line
         figures.append({"seconds": round(seconds, 3), "cpu_seconds": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")})
     shutil.rmtree(runtime)

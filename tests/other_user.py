@@ -55,10 +55,16 @@ def gets_at(tops: Sequence[Path], writable: Path, uid: int = NOBODY, gid: int = 
 
     It knows every path, though it may not be able to list one; ``writable`` is a directory of its own on the same file system.
     """
-    paths = [str(path) for top in tops for path in (top, *sorted(top.rglob("*")))]
+    paths = [str(path) for path in paths_below(tops)]
     assert len(paths) > len(tops), "there is nothing to get at"
     got: list[str] = json.loads(as_user(["/usr/bin/python3", "-I", "-c", _PROBE, writable], uid, gid, json.dumps(paths)))
     return got
+
+
+def paths_below(tops: Sequence[Path]) -> list[Path]:
+    """``tops`` and all below them, while others work there: what goes away meanwhile may be among them or not."""
+    below = [Path(at, name) for top in tops for at, directories, files in os.walk(top) for name in directories + files]
+    return [*tops, *sorted(below)]
 
 
 def environment_of(pid: int) -> dict[str, str]:

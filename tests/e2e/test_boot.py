@@ -266,14 +266,22 @@ def test_a_copy_that_is_broken_off_leaves_nothing(stopped: ProtectedVm, tmp_path
 
 
 _HELD = """
-import os, time
+import os, threading, time
 from vmrewind.recover.scratch import Overlay
-read = Overlay.read_into
+from vmrewind.start.libvirt import Domain
+holds = threading.Event()
+read, begin_copy = Overlay.read_into, Domain.begin_copy
 def held(self, offset, buffer):
     while offset <= {at} < offset + len(buffer) and os.path.exists({hold!r}):
+        holds.set()
         time.sleep(0.01)
     read(self, offset, buffer)
-Overlay.read_into = held
+def begin_later(self, target, *rest):
+    # to begin the second copy, QEMU waits for the first one's read
+    while target == "vdb" and os.path.exists({hold!r}) and not holds.wait(0.01):
+        pass
+    begin_copy(self, target, *rest)
+Overlay.read_into, Domain.begin_copy = held, begin_later
 """
 """What the guest does not read, and a copy must."""
 
@@ -364,6 +372,7 @@ def test_a_libvirt_domain_runs_beside_itself_and_ends_with_the_command(tmp_path:
         assert not list(kept.glob("*.xml"))
         shutil.rmtree(kept)
         with booted("--keep", kept) as (process, ready, log):
+            time.sleep(3)
             process.send_signal(signal.SIGINT)
             wait_until_gone(ready["name"])
             hold.unlink()

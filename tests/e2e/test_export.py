@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -69,6 +70,21 @@ def past(tmp_path: Path) -> Iterator[tuple[Alone, str, bytes]]:
         content = alone.image.read_bytes()
         alone.write(ready, 77, offset=0, length=8 * MIB)
         yield alone, then, content
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_whichever_thread_takes_it(past: tuple[Alone, str, bytes], tmp_path: Path, number: signal.Signals) -> None:
+    command = [VMREWIND, "export", str(past[0].config), "--at", "latest", "--socket", str(tmp_path / "s"), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        threads = sorted(int(path.name) for path in Path(f"/proc/{process.pid}/task").iterdir())
+        # the first one that it has not made for serving, if there is one: a library's, which masks nothing
+        thread = next(tid for tid in threads if tid != process.pid)
+        assert ctypes.CDLL(None).tgkill(process.pid, thread, number) == 0
+        try:
+            assert process.wait(30) == 0 and not (tmp_path / "s").exists()
+        finally:
+            process.kill()
 
 
 def test_a_moment_is_read_by_everyday_clients(past: tuple[Alone, str, bytes], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.capture_tools import (
     journal_entries,
     raw_image,
     until,
+    used,
 )
 from vmrewind.capture.policy import RUN_DONE
 from vmrewind.journal import format as fmt
@@ -47,10 +48,6 @@ def write_much(client: Client, mebibytes: int) -> None:
     """Writes as fast as they are taken, each with its own content."""
     for i in range(mebibytes * MIB // CHUNK):
         client.write(i * CHUNK % SIZE, i.to_bytes(4, "little") * (CHUNK // 4))
-
-
-def used(journal: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in journal.glob("*.seg"))
 
 
 def ship(capture: Capture, seq: int, run: int = RUN) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.capture_tools import MIB, UUID, Capture, Client, DiskOf, first_difference, journal_entries, raw_image, until
+from tests.capture_tools import MIB, UUID, Capture, Client, DiskOf, first_difference, journal_entries, raw_image, until, used
 from tests.history_tools import MadeHistory
 from tests.ship_support import VM, WrittenJournal, covered, shipped
 from vmrewind.capture.policy import POLICIES, FullPolicy
@@ -28,10 +28,6 @@ from vmrewind.repository.repository import Repository
 
 RUN = 7
 FREE, DROPS, NO = Recycling.FREE, Recycling.DROPS, Recycling.NO
-
-
-def used(journal: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in journal.glob("*.seg"))
 
 
 def thin(journal: Path, size: int = 64 * MIB) -> SegmentPool:

@@ -223,11 +223,14 @@ def test_what_is_open_is_read_though_descriptors_are_used_up(made: MadeHistory, 
                 assert pool.submit(view.read, begin, end - begin).result(30) == content[begin:end], (begin, end)
 
 
-def test_there_is_room_for_descriptors_of_all_segments_and_of_those_who_read(made: MadeHistory) -> None:
+@pytest.mark.parametrize("others", [0, 600])
+def test_there_is_room_for_descriptors_of_all_segments_and_of_those_who_read(made: MadeHistory, others: int) -> None:
+    """Whatever ``others`` the process has open."""
     made.close_segment()
     made.batch([(Op.WRITE, "vda", at, b"x" * 512) for at in (0, 1024)])
     made.tick()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    crowd = [os.open(os.devnull, os.O_RDONLY) for _ in range(others)]
     before = open_descriptors()
     resource.setrlimit(resource.RLIMIT_NOFILE, (before + 1, hard))
     try:
@@ -236,8 +239,10 @@ def test_there_is_room_for_descriptors_of_all_segments_and_of_those_who_read(mad
             view.read(0, SIZE)
             opened = open_descriptors() - before
             assert opened >= 4, "two segments, each mapped"
-            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 2 * 2 + _DESCRIPTORS_SPARE
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= before + 2 * 2 + _DESCRIPTORS_SPARE
     finally:
+        for fd in crowd:
+            os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert _DESCRIPTORS_SPARE >= _CLIENTS_MAX * (1 + _THREADS * 2)
 

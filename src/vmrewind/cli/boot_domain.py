@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from vmrewind.errors import UsageError
 from vmrewind.history.history import History
 from vmrewind.history.view import View
 from vmrewind.journal.runs import Position
-from vmrewind.recover.boot_domain import SIGNALS, run_domain
+from vmrewind.recover.boot_domain import run_domain
 from vmrewind.recover.boot_machine import Stored
 from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
@@ -23,6 +22,7 @@ from vmrewind.recover.keep_domain import KeepingDomain
 from vmrewind.recover.protecting_domain import ProtectingDomain
 from vmrewind.recover.scratch import Overlay, scratch_in
 from vmrewind.start.libvirt import Libvirt, qemu_owner
+from vmrewind.start.signals import asked_to_end
 from vmrewind.vmconfig.beside import beside
 
 
@@ -62,12 +62,12 @@ def boot_domain(
     """Run it, with its disks at ``socket``, until it ends or a signal comes."""
     history, name, targets = booted.history, booted.name, list(booted.formats)
     xml, left_out = beside(booted.stored.document, name, str(uuid.uuid4()), booted.formats, socket, booted.network)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     with Libvirt(uri) as libvirt:
         if libvirt.knows(name):
             raise UsageError(f"libvirt has a domain called {name} already", "give it another name with --name")
         staying: KeepingDomain | ProtectingDomain | None = None
         with contextlib.ExitStack() as opened:
+            asked = opened.enter_context(asked_to_end())
             changes: Callable[[str, View], Overlay] | None = scratch_in(scratch)
             if keep is not None:
                 progress = opened.enter_context(byte_progress(json=json))
@@ -108,7 +108,7 @@ def boot_domain(
             elif staying is not None:
                 staying.hand_over = hand_over
                 xml = staying.prepare(booted.stored.document, xml)
-            run_domain(libvirt, xml, lambda: ready(left_out, {"domain": name}), staying, say)
+            run_domain(libvirt, xml, lambda: ready(left_out, {"domain": name}), staying, asked, say)
         if isinstance(staying, ProtectingDomain) and staying.lacking:
             _complete(staying, name, say, json=json)
 
@@ -119,6 +119,5 @@ def _complete(domain: ProtectingDomain, name: str, say: Callable[[str], None], *
 
     say("this is done now; Ctrl-C leaves it to you")
     with contextlib.suppress(KeyboardInterrupt):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         restore(name, in_place=True, json=json)
         domain.define("its images are complete")

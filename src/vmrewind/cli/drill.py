@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import secrets
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from vmrewind.history.moments import format_time
 from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.recover.drill import Wanted, drill, random_moment
+from vmrewind.start.signals import ending, handled
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,5 @@ def ending_by_signals() -> Iterator[None]:
         del number, frame
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(interrupt, ending()):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

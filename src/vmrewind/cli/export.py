@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import os
-import signal
 import sys
 import tempfile
 from contextlib import closing
@@ -24,6 +23,7 @@ from vmrewind.recover.chunk_cache import ChunkCache
 from vmrewind.recover.exporting import exported
 from vmrewind.recover.scratch import scratch_in
 from vmrewind.start.resolve import open_any
+from vmrewind.start.signals import asked_to_end
 
 
 def export(
@@ -54,9 +54,6 @@ def export(
         targets, position = chosen.targets, chosen.at(at)
         kind = kind_of(history, chosen.branch, at, position)
         directory = scratch or Path(tempfile.gettempdir())
-        signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-        # Before any thread starts: they inherit it, and the signal waits for ``sigwait``.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         private_directory(path.parent)
 
         def complain(what: str) -> None:
@@ -64,6 +61,7 @@ def export(
 
         changes = scratch_in(directory if writable else None)
         with (
+            asked_to_end() as asked,
             closing(ChunkCache(directory)) as cache,
             exported(history, targets, position, path, cache=cache, changes=changes, complain=complain) as serving,
         ):
@@ -82,4 +80,4 @@ def export(
                 for uri in uris.values():
                     print(f"  {uri}")
                 print("served until this command is interrupted", flush=True)
-            signal.sigwait(signals)
+            asked.wait()

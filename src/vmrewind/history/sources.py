@@ -411,9 +411,9 @@ def _unreadable(error: OSError) -> str:
 
 
 def _allow_descriptors(count: int) -> bool:
-    """Have room for so many, or as many as there may be; whether that is enough."""
+    """Have room for so many more, or as many as there may be; whether that is enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _DESCRIPTORS_SPARE
+    wanted = sum(1 for _ in Path("/proc/self/fd").iterdir()) + count + _DESCRIPTORS_SPARE
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return True
     enough = hard == resource.RLIM_INFINITY or hard >= wanted

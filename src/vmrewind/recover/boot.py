@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import sys
 import termios
@@ -18,6 +17,7 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError
 
 from vmrewind.errors import StartError
 from vmrewind.start.environment import users_umask, without_credentials
+from vmrewind.start.signals import ending
 
 _CONNECT_SECONDS = 30
 _QUIT_SECONDS = 10
@@ -67,7 +67,7 @@ def _terminal() -> Iterator[None]:
 
 async def _run(command: Sequence[str], console: int | None, ready: Callable[[int], None], staying: Staying | None) -> int:
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ending():
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if staying is None:
         return await _run_qemu(command, console, ready, None, stop)

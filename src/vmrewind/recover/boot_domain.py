@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Final, Protocol
 
 from vmrewind.errors import LibvirtError, VmrewindError
+from vmrewind.repository import background
 from vmrewind.start.libvirt import Domain, Libvirt
+from vmrewind.start.signals import Asked
 
-SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-"""What ends it. To be blocked before any thread starts: they inherit that, and the signals wait for ``sigtimedwait``."""
 _RESUME_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.5
 _SHUTDOWN_SECONDS: Final = 60
+_LAST_SECONDS: Final = 30.0
+"""For what is asked of a QEMU that has ended."""
 _AGAIN: Final = "boot it again, and let the copy end"
 
 
@@ -27,17 +29,22 @@ class StayingDomain(Protocol):
         """Whether it stays by now."""
 
     def begin(self, domain: Domain) -> None:
-        """Once its CPU runs."""
+        """Once its CPU runs. Asks nothing of QEMU."""
 
     def go_on(self, domain: Domain) -> None:
-        """Again and again while it runs. What it raises ends all."""
+        """Again and again while it runs, in a thread of its own. What it raises ends all."""
 
     def end(self) -> None:
         """Once it has ended, if it was begun."""
 
 
 def run_domain(
-    libvirt: Libvirt, xml: bytes, ready: Callable[[], None], staying: StayingDomain | None, say: Callable[[str], None]
+    libvirt: Libvirt,
+    xml: bytes,
+    ready: Callable[[], None],
+    staying: StayingDomain | None,
+    asked: Asked,
+    say: Callable[[str], None],
 ) -> None:
     """Start the domain, call ``ready``, and stay until it has ended or a signal comes; libvirt itself ends it should we be killed.
 
@@ -49,11 +56,11 @@ def run_domain(
         nvram = domain.nvram
         ready()
         if staying is None:
-            while domain.active and signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is None:
+            while domain.active and not asked.wait(_POLL_SECONDS):
                 pass
         else:
             staying.begin(domain)
-            _accompany(domain, staying, say)
+            _accompany(domain, staying, asked, say)
     finally:
         domain.destroy()
         if staying is not None:
@@ -62,24 +69,71 @@ def run_domain(
             nvram.unlink(missing_ok=True)
 
 
-def _accompany(domain: Domain, staying: StayingDomain, say: Callable[[str], None]) -> None:
+def _accompany(domain: Domain, staying: StayingDomain, asked: Asked, say: Callable[[str], None]) -> None:
+    care = _Care(domain, staying)
     pressed_at = None
-    tried_at = time.monotonic()
-    while domain.active:
-        staying.go_on(domain)
-        if time.monotonic() > tried_at + _RESUME_SECONDS:
-            tried_at = time.monotonic()
-            # Room was made, or the repository is back.
-            with contextlib.suppress(LibvirtError):
-                domain.resume_after_io_error()
-        asked = signal.sigtimedwait(SIGNALS, _POLL_SECONDS) is not None
-        if asked and not staying.kept:
-            raise VmrewindError("ended before the copy was complete: nothing was kept", _AGAIN)
-        if pressed_at is not None and (asked or time.monotonic() > pressed_at + _SHUTDOWN_SECONDS):
-            return
-        if asked:
-            say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
-            pressed_at = time.monotonic()
-            domain.shut_down()
+    given_up = False
+    try:
+        while domain.active and not given_up:
+            care.go_on()
+            now = asked.wait(_POLL_SECONDS)
+            if now and pressed_at is None and staying.kept:
+                say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
+                pressed_at = time.monotonic()
+                care.press_power_button()
+            else:
+                given_up = now or (pressed_at is not None and time.monotonic() > pressed_at + _SHUTDOWN_SECONDS)
+    finally:
+        domain.destroy()
+        error = care.end()
+    if not staying.kept and given_up:
+        raise VmrewindError("ended before the copy was complete: nothing was kept", _AGAIN)
+    if error is not None:
+        raise error
     if not staying.kept:
         raise VmrewindError("the VM ended before the copy was complete: nothing was kept", _AGAIN)
+
+
+class _Care:
+    """All that is asked of QEMU while a domain that is to stay runs, in a thread of its own.
+
+    QEMU answers nothing while it waits for a read of its disks, as it does when a copy begins, and the storage of those may be far
+    away, or gone. Whoever asks it something waits as long; somebody else has to hear the signal that ends it all.
+    """
+
+    def __init__(self, domain: Domain, staying: StayingDomain) -> None:
+        self._domain = domain
+        self._staying = staying
+        self._doing: Future[None] | None = None
+        self._resumed_at = time.monotonic()
+        self._press = False
+
+    def go_on(self) -> None:
+        """Do what is to be done now, unless the last of it is being done yet; raises what that raised."""
+        if self._doing is not None:
+            if not self._doing.done():
+                return
+            self._doing.result()
+        self._doing = background.begin(self._do)
+
+    def press_power_button(self) -> None:
+        """Soon."""
+        self._press = True
+
+    def end(self) -> BaseException | None:
+        """The domain has ended: wait for what is being done; what it raised."""
+        if self._doing is None:
+            return None
+        wait([self._doing], _LAST_SECONDS)
+        return self._doing.exception() if self._doing.done() else None
+
+    def _do(self) -> None:
+        if self._press:
+            self._press = False
+            self._domain.shut_down()
+        self._staying.go_on(self._domain)
+        if time.monotonic() > self._resumed_at + _RESUME_SECONDS:
+            self._resumed_at = time.monotonic()
+            # Room was made, or the repository is back.
+            with contextlib.suppress(LibvirtError):
+                self._domain.resume_after_io_error()

@@ -48,6 +48,7 @@ class KeepingDomain:
         self._progress = progress
         self._say = say
         self.let_go: Callable[[], None] = lambda: None
+        self._begun = False
         self.kept = False
         make_directory(directory)
         try:
@@ -62,7 +63,9 @@ class KeepingDomain:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def begin(self, domain: Domain) -> None:
-        """Have libvirt copy. Raises LibvirtError, ImageError."""
+        """Nothing yet: to begin a copy, QEMU may have to wait for a read that is under way."""
+
+    def _begin(self, domain: Domain) -> None:
         for target, image in self._images.items():
             try:
                 fd = os.open(image, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -76,8 +79,15 @@ class KeepingDomain:
             domain.begin_copy(target, image, self._libvirt.copies_synchronously)
 
     def go_on(self, domain: Domain) -> None:
-        """Look how far libvirt is; once all disks are level, switch them over and define the domain. Raises VmrewindError."""
+        """Have libvirt copy, or look how far it is; once all disks are level, switch them over and define the domain.
+
+        Raises VmrewindError.
+        """
         if self.kept:
+            return
+        if not self._begun:
+            self._begin(domain)
+            self._begun = True
             return
         try:
             copies = {target: domain.copy_progress(target) for target in self._images}

@@ -14,8 +14,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def run(call: Callable[[], T], deadline_seconds: float) -> T:
-    """What ``call`` returns or raises. Raises TimeoutError at the deadline; the call may then still have its effect."""
+def begin(call: Callable[[], T]) -> Future[T]:
+    """Have ``call`` done; what it returns or raises."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -24,5 +24,11 @@ def run(call: Callable[[], T], deadline_seconds: float) -> T:
         except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
             future.set_exception(error)
 
-    threading.Thread(target=work, name="object store", daemon=True).start()
-    return future.result(deadline_seconds)
+    # One that is left behind must not hold up the end of the process.
+    threading.Thread(target=work, name="background", daemon=True).start()
+    return future
+
+
+def run(call: Callable[[], T], deadline_seconds: float) -> T:
+    """What ``call`` returns or raises. Raises TimeoutError at the deadline; the call may then still have its effect."""
+    return begin(call).result(deadline_seconds)

@@ -5,10 +5,11 @@ A segment is put only when the one before it is durable, so what is in the repos
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Final, TypeVar
+
+from vmrewind.repository import background
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Sender:
     def start(self, call: Callable[[], object], landed: Callable[[], None]) -> None:
         """Begin the call when the one before has succeeded, and raise what that one raised; ``landed`` is called by ``settle``."""
         self.settle()
-        self._flight, self._landed = _begin(call), landed
+        self._flight, self._landed = background.begin(call), landed
 
     def settle(self) -> None:
         """Wait for the call under way, and see to what follows from it; raises what it raised."""
@@ -44,7 +45,7 @@ class Sender:
     def run(self, call: Callable[[], T]) -> T:
         """What ``call`` returns or raises, behind the call under way."""
         self.settle()
-        return self._wait(_begin(call))
+        return self._wait(background.begin(call))
 
     def _wait(self, flight: Future[T]) -> T:
         try:
@@ -54,17 +55,3 @@ class Sender:
             return flight.result()
         finally:
             self.waits = False
-
-
-def _begin(call: Callable[[], T]) -> Future[T]:
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            future.set_exception(error)
-
-    # A thread that is left behind must not hold up the end of the process; starting one costs a twentieth of a millisecond.
-    threading.Thread(target=work, name="sender", daemon=True).start()
-    return future

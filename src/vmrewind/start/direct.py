@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from vmrewind.start.keeping import Keeper
 from vmrewind.start.places import make_places
 from vmrewind.start.qemu import Qemu
 from vmrewind.start.serving import Storage
+from vmrewind.start.signals import ending
 from vmrewind.vmconfig.model import VmConfig
 from vmrewind.vmconfig.toml import load_toml, peek_storage
 
@@ -114,7 +114,7 @@ def _resume_later(qemu: Qemu) -> None:
 
 def _watch_signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ending():
         loop.add_signal_handler(number, stop.set)
 
 
