@@ -24,9 +24,12 @@ settings.load_profile("vmrewind")
 _soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (_hard, _hard))
 
-# nohup's: ignored, it would be ignored in every command that a test starts, and some are to hear it.
+# nohup's, and a shell's for a background job: ignored, they would be ignored in every command that a test starts, and some are
+# to hear them.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 guests.protected.run_command = commands

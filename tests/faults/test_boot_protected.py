@@ -33,6 +33,7 @@ from vmrewind.recover.export_server import ExportServer
 from vmrewind.recover.exporting import Exported
 from vmrewind.start.control import instruct
 from vmrewind.start.listening import listen
+from vmrewind.start.processes import running
 from vmrewind.start.resolve import open_vm
 
 T = TypeVar("T")
@@ -222,6 +223,7 @@ def _end_what_is_left(name: str) -> None:
             if (process := known.get(role)) is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process["pid"], signal.SIGKILL)
+    until(lambda: running(VmPaths(name)) is None, "their end")
 
 
 class Writer:

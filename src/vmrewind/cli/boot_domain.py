@@ -62,7 +62,7 @@ def boot_domain(
     """Run it, with its disks at ``socket``, until it ends or a signal comes."""
     history, name, targets = booted.history, booted.name, list(booted.formats)
     xml, left_out = beside(booted.stored.document, name, str(uuid.uuid4()), booted.formats, socket, booted.network)
-    with Libvirt(uri) as libvirt:
+    with Libvirt(uri) as libvirt, Libvirt(uri) as aside:
         if libvirt.knows(name):
             raise UsageError(f"libvirt has a domain called {name} already", "give it another name with --name")
         staying: KeepingDomain | ProtectingDomain | None = None
@@ -72,11 +72,11 @@ def boot_domain(
             if keep is not None:
                 progress = opened.enter_context(byte_progress(json=json))
                 if keep.repository is None:
-                    staying = KeepingDomain(libvirt, keep.directory, name, xml, targets, booted.owner, progress, say)
+                    staying = KeepingDomain(aside, keep.directory, name, xml, targets, booted.owner, progress, say)
                 else:
                     vm = KeptVm(name, keep.repository, protect=True)
                     staying = ProtectingDomain(
-                        libvirt, keep.directory, vm, booted.formats, keep.of, booted.position, booted.owner, progress, say
+                        aside, keep.directory, vm, booted.formats, keep.of, booted.position, booted.owner, progress, say
                     )
                     changes = staying.filling
                 opened.callback(staying.give_up)
@@ -108,7 +108,7 @@ def boot_domain(
             elif staying is not None:
                 staying.hand_over = hand_over
                 xml = staying.prepare(booted.stored.document, xml)
-            run_domain(libvirt, xml, lambda: ready(left_out, {"domain": name}), staying, asked, say)
+            run_domain(libvirt, aside, xml, lambda: ready(left_out, {"domain": name}), staying, asked, say)
         if isinstance(staying, ProtectingDomain) and staying.lacking:
             _complete(staying, name, say, json=json)
 

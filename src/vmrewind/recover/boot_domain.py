@@ -40,6 +40,7 @@ class StayingDomain(Protocol):
 
 def run_domain(
     libvirt: Libvirt,
+    aside: Libvirt,
     xml: bytes,
     ready: Callable[[], None],
     staying: StayingDomain | None,
@@ -48,7 +49,9 @@ def run_domain(
 ) -> None:
     """Start the domain, call ``ready``, and stay until it has ended or a signal comes; libvirt itself ends it should we be killed.
 
-    If it is to stay, a signal ends it only as long as it is not kept; then the first one presses the power button.
+    If it is to stay, a signal ends it only as long as it is not kept; then the first one presses the power button. ``aside``: a
+    connection of its own for ``staying``, which is asked to go on in another thread. One for both would not do: libvirt 9.0's
+    client may never send what a second thread asks while the first one waits for its answer.
     """
     domain = libvirt.start_transient(xml)
     nvram = None
@@ -60,7 +63,7 @@ def run_domain(
                 pass
         else:
             staying.begin(domain)
-            _accompany(domain, staying, asked, say)
+            _accompany(domain, _Care(aside.domain(domain.name), staying), staying, asked, say)
     finally:
         domain.destroy()
         if staying is not None:
@@ -69,8 +72,7 @@ def run_domain(
             nvram.unlink(missing_ok=True)
 
 
-def _accompany(domain: Domain, staying: StayingDomain, asked: Asked, say: Callable[[str], None]) -> None:
-    care = _Care(domain, staying)
+def _accompany(domain: Domain, care: _Care, staying: StayingDomain, asked: Asked, say: Callable[[str], None]) -> None:
     pressed_at = None
     given_up = False
     try:
