@@ -11,10 +11,11 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.capture_tools import Capture, until
+from vmrewind.start.processes import Process
 
 # The calls by which a journal is written, each failing where the file lies in the directory that the first argument names, while
 # the file of the second argument holds an errno. For ENOSPC what is only synced does not fail.
@@ -137,6 +138,14 @@ def failing(pid: int, calls: Sequence[str], error: str = "EIO", *, path: Path | 
                 # Told to let go of a process that just ends, it may wait for it for ever; without it the end goes on.
                 strace.kill()
                 strace.wait()
+
+
+def kill(*pids: int) -> None:
+    """SIGKILL, and wait for their end. Some end by themselves once another one has."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: not any(Process.of(pid) for pid in pids), "the end of what was killed")
 
 
 def open_descriptors() -> int:

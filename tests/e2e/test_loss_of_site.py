@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import pytest
 
 from guests.protected import VMREWIND, Disk, ProtectedVm, vmrewind
 from guests.writer import acknowledged, errors
+from tests.fault_tools import kill
 from tests.network_hosts import Host, Network, inside
 from tests.object_servers import SeaweedFS
 from tests.vm_tools import check_files, files_in, journal_records, writer_vm
@@ -147,9 +147,7 @@ def kill_in_mid_write(vm: ProtectedVm) -> tuple[float, int]:
     pids = [process["pid"] for process in status["processes"].values() if process is not None]
     assert len(pids) == 4
     killed_ns = time.time_ns()
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill(*pids)
     vm.wait()
     # Rounded to a tenth in the report.
     return status["ship"]["lag_seconds"] + 0.05 + max(0, killed_ns - shown_ns) / 1e9, killed_ns

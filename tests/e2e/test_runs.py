@@ -14,6 +14,7 @@ from guests.protected import vmrewind
 from guests.writer import acknowledged
 from tests.capture_tools import until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
+from tests.fault_tools import kill
 from tests.vm_tools import IdleVm, check_files, files_in, restore, writer_vm
 
 
@@ -75,9 +76,7 @@ def test_everything_killed_at_once(tmp_path: Path) -> None:
     with writer_vm(tmp_path, "crash") as vm:
         vm.start()
         vm.wait_for("^ACK 10$")
-        processes = [p["pid"] for p in vm.status()["processes"].values()]
-        for pid in processes:
-            os.kill(pid, signal.SIGKILL)
+        kill(*(process["pid"] for process in vm.status()["processes"].values()))
         vm.wait()
         known = acknowledged(vm.console.text())
         crashed = datetime.now(UTC).isoformat()

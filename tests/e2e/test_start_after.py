@@ -17,6 +17,7 @@ from typing import Any
 
 from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import Client, until
+from tests.fault_tools import kill
 from vmrewind.journal.copy_before_write import begun_base
 from vmrewind.start.processes import Process
 
@@ -205,8 +206,7 @@ def test_an_unprotected_start_after_a_crash_has_everything_that_was_flushed(tmp_
     with alone.serving() as ready:
         alone.write(ready, 7)
         processes = alone.status()["processes"]
-        for role in ("keeper", "capture", "ship"):
-            os.kill(processes[role]["pid"], signal.SIGKILL)
+        kill(*(processes[role]["pid"] for role in ("keeper", "capture", "ship")))
     # The host's death: another boot, and the image lacks what was never synced to it.
     state = bytearray((alone.journal / "capture.state").read_bytes())
     state[16:32] = bytes(16)
@@ -229,8 +229,7 @@ def test_a_ship_that_was_left_over_does_not_serve_the_next_run(tmp_path: Path) -
     with alone.serving() as ready:
         alone.write(ready, 1)
         before = alone.status()["processes"]
-        for role in ("keeper", "capture"):
-            os.kill(before[role]["pid"], signal.SIGKILL)
+        kill(*(before[role]["pid"] for role in ("keeper", "capture")))
     other = tmp_path / "other"
     vmrewind("init", other)
     alone.configure(repository=str(other))

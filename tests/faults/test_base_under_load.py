@@ -7,11 +7,9 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import pytest
 from guests.protected import vmrewind
 from tests.capture_tools import Capture, Client, DiskOf, compose, first_difference, journal_entries, raw_image, until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
-from tests.fault_tools import failing
+from tests.fault_tools import failing, kill
 from tests.faults import test_capture_kill
 from tests.faults.test_capture_kill import busy, guests
 from tests.faults.test_capture_torn import ANOTHER_BOOT
@@ -192,10 +190,7 @@ class Begun(Alone):
     def kill_all(self, ready: dict[str, Any]) -> None:
         """The keeper first, so that it starts nobody again; then whom it started."""
         keeping = json.loads((Path(os.environ["VMREWIND_RUNTIME_DIR"]) / "alone" / "keeper.json").read_bytes())
-        os.kill(ready["keeper"], signal.SIGKILL)
-        for role in ("capture", "ship"):
-            with suppress(ProcessLookupError):
-                os.kill(keeping[role]["pid"], signal.SIGKILL)
+        kill(ready["keeper"], keeping["capture"]["pid"], keeping["ship"]["pid"])
 
 
 def refused(alone: Alone, *words: object) -> str:

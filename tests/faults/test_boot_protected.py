@@ -23,6 +23,7 @@ import pytest
 from guests.protected import VMREWIND, vmrewind
 from tests.capture_tools import Client, first_difference, until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
+from tests.fault_tools import kill
 from tests.faults.test_capture_torn import ANOTHER_BOOT
 from tests.vm_tools import journal_records
 from vmrewind.history.resolve import resolve
@@ -33,7 +34,6 @@ from vmrewind.recover.export_server import ExportServer
 from vmrewind.recover.exporting import Exported
 from vmrewind.start.control import instruct
 from vmrewind.start.listening import listen
-from vmrewind.start.processes import running
 from vmrewind.start.resolve import open_vm
 
 T = TypeVar("T")
@@ -221,9 +221,7 @@ def _end_what_is_left(name: str) -> None:
         known: dict[str, Any] = json.loads(VmPaths(name).keeper.read_text())
         for role in ("capture", "ship"):
             if (process := known.get(role)) is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process["pid"], signal.SIGKILL)
-    until(lambda: running(VmPaths(name)) is None, "their end")
+                kill(process["pid"])
 
 
 class Writer:

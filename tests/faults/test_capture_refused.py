@@ -246,7 +246,7 @@ def test_writes_that_the_image_lost_are_replayed(tmp_path: Path, thin_device: tu
         assert (message["event"], message["kind"]) == ("error", "image")
         assert "cannot be written to stable storage" in message["message"]
         assert capture.process is not None
-        assert capture.process.wait(10) == ImageError.exit_code
+        assert capture.process.wait(60) == ImageError.exit_code
         capture._reap()
         assert capture.events("image.sync-failed")
         subprocess.run(["mount", "-o", "remount,size=32m", place], check=True)

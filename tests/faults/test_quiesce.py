@@ -23,6 +23,7 @@ from guests.writer import agent_arguments
 from tests.capture_tools import MIB, until
 from tests.e2e.test_start_after import Alone
 from tests.fake_agent import EFI, MOUNTED, FakeAgent, Hang, HangUp
+from tests.fault_tools import kill
 from vmrewind.errors import GuestAgentError, VmrewindError, VmStateError
 from vmrewind.paths import VmPaths
 from vmrewind.start.freezer import FROZEN_SECONDS_MAX
@@ -198,8 +199,7 @@ def test_whoever_is_killed_at_whatever_instant_the_guest_is_thawed(tmp_path: Pat
             if whom == "command":
                 os.killpg(command.pid, signal.SIGKILL)
             else:
-                for pid in freezers():
-                    os.kill(pid, signal.SIGKILL)
+                kill(*freezers())
             _, said = command.communicate(timeout=30)
             frozen += "guest-fsfreeze-freeze" in agent.asked
             until(lambda: not freezers(), f"the freezer's end (seed {seed})")

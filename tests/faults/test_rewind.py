@@ -20,6 +20,7 @@ import pytest
 from guests.protected import vmrewind
 from tests.capture_tools import Client, until
 from tests.e2e.test_start_after import MIB, SIZE, Alone
+from tests.fault_tools import kill
 from tests.faults.test_recover_in_place import K, M, Stopped, quiet, restored_or_killed
 from tests.history_tools import MadeHistory, exit_code_of_main
 from vmrewind.errors import ImageError, MomentError, VmStateError
@@ -310,8 +311,7 @@ def test_after_a_death_the_command_tells_the_time_lost_and_undoes(tmp_path: Path
         refused = vmrewind("rewind", alone.config, "--to", "@good", "--dry-run", check=False)
         assert refused.returncode == VmStateError.exit_code and "is running" in refused.stderr
         processes = alone.status()["processes"]
-        for process in ("keeper", "capture", "ship"):
-            os.kill(processes[process]["pid"], signal.SIGKILL)
+        kill(*(processes[role]["pid"] for role in ("keeper", "capture", "ship")))
     after = alone.image.read_bytes()
     (disk,) = json.loads(vmrewind("rewind", alone.config, "--to", "@good", "--dry-run", "--json").stdout)["disks"].values()
     assert disk["from"] == last and "did not end cleanly" in disk["whole_disk_because"]
@@ -445,8 +445,7 @@ def test_killed_at_random_instants_completed_and_undone(
     with alone.serving() as ready:
         alone.write(ready, 9, offset=3 * MIB)
         processes = alone.status()["processes"]
-        for process in ("keeper", "capture", "ship"):
-            os.kill(processes[process]["pid"], signal.SIGKILL)
+        kill(*(processes[role]["pid"] for role in ("keeper", "capture", "ship")))
     assert len(_runs(alone)) == 2
     complete(1)
     assert alone.image.read_bytes() == states[1].ljust(SIZE, b"\0")

@@ -127,7 +127,7 @@ def test_a_vm_run_with_protection_off_has_a_gap(tmp_path: Path) -> None:
             process.wait(5)
         except subprocess.TimeoutExpired:
             process.terminate()
-            process.wait(30)
+            process.wait(90)
 
 
 def test_an_image_that_was_used_without_vmrewind_is_seen_where_nothing_could_be_declared(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_a_reader_that_comes_while_its_segment_is_recycled_is_told_so(tmp_path: 
         patch.setattr(os, "rename", rename_with_company)
         patch.setattr(os, "pwrite", late_pwrite)
         taker.take()
-    reader.join(10)
+    reader.join(60)
     assert len(outcome) == 1
     assert isinstance(outcome[0], FileNotFoundError)
 

@@ -202,7 +202,7 @@ def test_the_children_of_a_keeper_that_was_killed_are_ended_capture_first(tmp_pa
     assert order.read_text() == "capture ship"
     for child in children:
         with child:
-            assert child.wait(10) == 0
+            assert child.wait(60) == 0
 
 
 def test_a_vm_that_runs_in_direct_mode_is_not_taken_over() -> None:

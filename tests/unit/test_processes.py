@@ -43,7 +43,7 @@ def test_the_process_that_is_meant_is_ended(victim: subprocess.Popen[bytes], pla
     assert keeping is not None and keeping.capture is not None
     assert PATHS.keeper.stat().st_mode & 0o777 == 0o600
     keeping.capture.terminate()
-    assert victim.wait(10) == -signal.SIGTERM
+    assert victim.wait(60) == -signal.SIGTERM
     keeping.capture.terminate()  # gone: nothing happens
 
 
