@@ -58,7 +58,7 @@ class Console:
     def wait_for(
         self, pattern: str, timeout_seconds: float = 60, alive: Callable[[], bool] = lambda: True, after: int = 0
     ) -> re.Match[str]:
-        """Wait until the regular expression matches the text from position ``after`` on; returns the match.
+        """Wait until the regular expression matches whole lines of the text from position ``after`` on; returns the match.
 
         Raises GuestError when time is up, or when ``alive`` says that nothing more will come.
         """
@@ -66,7 +66,9 @@ class Console:
         compiled = re.compile(pattern, re.MULTILINE)
         while True:
             was_alive = alive()
-            if match := compiled.search(self.text(), after):
+            text = self.text()
+            # Of a line that is still coming, "$" would match the end: of "ACK 1" before it is "ACK 12".
+            if match := compiled.search(text, after, text.rfind("\n") + 1 if was_alive else len(text)):
                 return match
             if not was_alive:
                 raise GuestError(f"the machine ended without {pattern!r} on {self.path}:\n{self._tail()}")
