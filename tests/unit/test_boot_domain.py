@@ -30,6 +30,9 @@ class Hanging:
     def domain(self, _: str) -> Hanging:
         return self
 
+    def knows(self, _: str) -> bool:
+        return self.active
+
     @property
     def active(self) -> bool:
         return not self.ended.is_set()
@@ -48,12 +51,18 @@ class Hanging:
 class Staying:
     """What is done for it: nothing that begins or ends, and ``go_on``."""
 
-    def __init__(self, *, kept: bool, go_on: Callable[[Any], None] = lambda _: None) -> None:
+    def __init__(
+        self, *, kept: bool, go_on: Callable[[Any], None] = lambda _: None, settle: Callable[[Any], None] = lambda _: None
+    ) -> None:
         self.kept = kept
         self.go_on = go_on
+        self._settle = settle
 
     def begin(self, domain: object) -> None:
         pass
+
+    def settle(self) -> None:
+        self._settle(self)
 
     end = staticmethod(lambda: None)
 
@@ -96,3 +105,25 @@ def test_what_fails_while_nobody_asks_for_the_end_is_an_error() -> None:
 
     with pytest.raises(LibvirtError, match="no room"):
         run(Hanging(), Staying(kept=True, go_on=fail), at_once=0)
+
+
+def settle(staying: Staying) -> None:
+    """All is there, and takes a while to be made to stay."""
+    threading.Event().wait(0.3)
+    staying.kept = True
+
+
+def test_a_signal_while_what_is_complete_is_made_to_stay_presses_the_power_button() -> None:
+    hanging = Hanging()
+    said = run(hanging, Staying(kept=False, settle=settle), at_once=1)
+    assert len(said) == 1 and "asked the guest to shut down" in said[0]
+    assert hanging.asked.is_set(), "the power button is pressed"
+
+
+def test_what_became_complete_as_it_was_ended_stays() -> None:
+    hanging = Hanging()
+
+    def settle_later(staying: Staying) -> None:
+        staying.kept = staying.kept or not hanging.active
+
+    assert run(hanging, Staying(kept=False, settle=settle_later), at_once=1) == []

@@ -50,6 +50,19 @@ def test_each_signal_is_told(other: int) -> None:
         assert not asked.wait(0.05)
 
 
+def test_it_is_heard_however_many_descriptors_are_open() -> None:
+    """A history holds as many as the journal has segments; ``select`` knows none beyond 1023."""
+    crowd = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with asked_to_end() as asked:
+            assert not asked.wait(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked.wait(20)
+    finally:
+        for descriptor in crowd:
+            os.close(descriptor)
+
+
 def test_nohup_keeps_a_closed_terminal_from_ending_it() -> None:
     with handled(signal.SIG_IGN, [signal.SIGHUP]), asked_to_end() as asked:
         os.kill(os.getpid(), signal.SIGHUP)

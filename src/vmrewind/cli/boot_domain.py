@@ -72,11 +72,11 @@ def boot_domain(
             if keep is not None:
                 progress = opened.enter_context(byte_progress(json=json))
                 if keep.repository is None:
-                    staying = KeepingDomain(aside, keep.directory, name, xml, targets, booted.owner, progress, say)
+                    staying = KeepingDomain(libvirt, keep.directory, name, xml, targets, booted.owner, progress, say)
                 else:
                     vm = KeptVm(name, keep.repository, protect=True)
                     staying = ProtectingDomain(
-                        aside, keep.directory, vm, booted.formats, keep.of, booted.position, booted.owner, progress, say
+                        libvirt, keep.directory, vm, booted.formats, keep.of, booted.position, booted.owner, progress, say
                     )
                     changes = staying.filling
                 opened.callback(staying.give_up)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from vmrewind.history.moments import format_time
 from vmrewind.history.resolve import resolve
 from vmrewind.journal.format import run_name
 from vmrewind.recover.drill import Wanted, drill, random_moment
-from vmrewind.start.signals import ending, handled
+from vmrewind.start.signals import ENDING, handled
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,5 +89,5 @@ def ending_by_signals() -> Iterator[None]:
         del number, frame
         raise KeyboardInterrupt
 
-    with handled(interrupt, ending()):
+    with handled(interrupt, [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]):
         yield

@@ -413,7 +413,11 @@ def _unreadable(error: OSError) -> str:
 def _allow_descriptors(count: int) -> bool:
     """Have room for so many more, or as many as there may be; whether that is enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = sum(1 for _ in Path("/proc/self/fd").iterdir()) + count + _DESCRIPTORS_SPARE
+    try:
+        opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    except OSError:
+        opened = soft  # To count them takes one more.
+    wanted = opened + count + _DESCRIPTORS_SPARE
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return True
     enough = hard == resource.RLIM_INFINITY or hard >= wanted

@@ -32,7 +32,10 @@ class StayingDomain(Protocol):
         """Once its CPU runs. Asks nothing of QEMU."""
 
     def go_on(self, domain: Domain) -> None:
-        """Again and again while it runs, in a thread of its own. What it raises ends all."""
+        """Ask of QEMU what is to be asked, again and again while it runs, in a thread of its own. What it raises ends all."""
+
+    def settle(self) -> None:
+        """Do what follows from it, and asks nothing of QEMU. No signal is heard meanwhile."""
 
     def end(self) -> None:
         """Once it has ended, if it was begun."""
@@ -50,8 +53,8 @@ def run_domain(
     """Start the domain, call ``ready``, and stay until it has ended or a signal comes; libvirt itself ends it should we be killed.
 
     If it is to stay, a signal ends it only as long as it is not kept; then the first one presses the power button. ``aside``: a
-    connection of its own for ``staying``, which is asked to go on in another thread. One for both would not do: libvirt 9.0's
-    client may never send what a second thread asks while the first one waits for its answer.
+    connection for what is asked in another thread. One for both would not do: libvirt 9.0's client may never send what a second
+    thread asks while the first one waits for its answer.
     """
     domain = libvirt.start_transient(xml)
     nvram = None
@@ -63,7 +66,7 @@ def run_domain(
                 pass
         else:
             staying.begin(domain)
-            _accompany(domain, _Care(aside.domain(domain.name), staying), staying, asked, say)
+            _accompany(domain, _Care(aside, domain.name, staying), staying, asked, say)
     finally:
         domain.destroy()
         if staying is not None:
@@ -79,6 +82,7 @@ def _accompany(domain: Domain, care: _Care, staying: StayingDomain, asked: Asked
         while domain.active and not given_up:
             care.go_on()
             now = asked.wait(_POLL_SECONDS)
+            staying.settle()
             if now and pressed_at is None and staying.kept:
                 say(f"asked the guest to shut down (up to {_SHUTDOWN_SECONDS} s; once more to end it now)")
                 pressed_at = time.monotonic()
@@ -86,15 +90,19 @@ def _accompany(domain: Domain, care: _Care, staying: StayingDomain, asked: Asked
             else:
                 given_up = now or (pressed_at is not None and time.monotonic() > pressed_at + _SHUTDOWN_SECONDS)
     finally:
-        domain.destroy()
-        error = care.end()
-    if not staying.kept and given_up:
+        try:
+            domain.destroy()
+        finally:
+            error = care.end()
+            if not staying.kept:
+                staying.settle()  # Its last disk may have been switched over in this very moment: then all is there.
+    if staying.kept:
+        return
+    if given_up:
         raise VmrewindError("ended before the copy was complete: nothing was kept", _AGAIN)
-    # What was being asked of a QEMU that we have ended has failed by that.
-    if error is not None and not given_up:
+    if error is not None:
         raise error
-    if not staying.kept:
-        raise VmrewindError("the VM ended before the copy was complete: nothing was kept", _AGAIN)
+    raise VmrewindError("the VM ended before the copy was complete: nothing was kept", _AGAIN)
 
 
 class _Care:
@@ -104,8 +112,9 @@ class _Care:
     away, or gone. Whoever asks it something waits as long; somebody else has to hear the signal that ends it all.
     """
 
-    def __init__(self, domain: Domain, staying: StayingDomain) -> None:
-        self._domain = domain
+    def __init__(self, libvirt: Libvirt, name: str, staying: StayingDomain) -> None:
+        self._libvirt = libvirt
+        self._name = name
         self._staying = staying
         self._doing: Future[None] | None = None
         self._resumed_at = time.monotonic()
@@ -131,12 +140,15 @@ class _Care:
         return self._doing.exception() if self._doing.done() else None
 
     def _do(self) -> None:
+        if not self._libvirt.knows(self._name):
+            return  # It has ended.
+        domain = self._libvirt.domain(self._name)
         if self._press:
             self._press = False
-            self._domain.shut_down()
-        self._staying.go_on(self._domain)
+            domain.shut_down()
+        self._staying.go_on(domain)
         if time.monotonic() > self._resumed_at + _RESUME_SECONDS:
             self._resumed_at = time.monotonic()
             # Room was made, or the repository is back.
             with contextlib.suppress(LibvirtError):
-                self._domain.resume_after_io_error()
+                domain.resume_after_io_error()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from vmrewind.journal.runs import Position
 from vmrewind.recover.drill_machine import DrillMachine, machine_of
 from vmrewind.recover.restore import Progress, RestoredDisk, restore
 from vmrewind.start.environment import without_credentials
+from vmrewind.start.readiness import readable
 from vmrewind.start.signals import uninterrupted
 
 _SPARE_BYTES: Final = 256 << 20
@@ -184,7 +184,7 @@ def _watch(process: subprocess.Popen[bytes], agent: socket.socket, until: str | 
             ask_at = now + _ASK_SECONDS
             with suppress(OSError):
                 agent.send(question)
-        ready, _, _ = select.select(waiting, [], [], min(deadline - now, _ASK_SECONDS))
+        ready = readable(waiting, min(deadline - now, _ASK_SECONDS))
         if agent.fileno() in ready:
             try:
                 said = (said + agent.recv(65536))[-_CONSOLE_MAX:]

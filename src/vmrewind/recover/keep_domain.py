@@ -48,7 +48,9 @@ class KeepingDomain:
         self._progress = progress
         self._say = say
         self.let_go: Callable[[], None] = lambda: None
+        self._synchronously = libvirt.copies_synchronously
         self._begun = False
+        self._copied = False
         self.kept = False
         make_directory(directory)
         try:
@@ -76,14 +78,11 @@ class KeepingDomain:
                     os.close(fd)
             except OSError as error:
                 raise ImageError(f"{image}: {error.strerror}", "name another directory with --keep") from error
-            domain.begin_copy(target, image, self._libvirt.copies_synchronously)
+            domain.begin_copy(target, image, self._synchronously)
 
     def go_on(self, domain: Domain) -> None:
-        """Have libvirt copy, or look how far it is; once all disks are level, switch them over and define the domain.
-
-        Raises VmrewindError.
-        """
-        if self.kept:
+        """Have libvirt copy, or look how far it is; once all disks are level, switch them over. Raises VmrewindError."""
+        if self._copied:
             return
         if not self._begun:
             self._begin(domain)
@@ -103,12 +102,18 @@ class KeepingDomain:
                 return
             for target in self._images:
                 domain.end_copy(target)
+            self._copied = True
         except LibvirtError as error:
             if domain.active:
                 raise
             raise VmrewindError(
                 "the VM ended before the copy was complete: nothing was kept", "boot it again, and let the copy end"
             ) from error
+
+    def settle(self) -> None:
+        """Once all disks are switched over, see that they stay, and define the domain. Raises LibvirtError."""
+        if self.kept or not self._copied:
+            return
         for image in self._images.values():
             fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -123,7 +128,7 @@ class KeepingDomain:
             self._libvirt.define(self._document)
         except LibvirtError as error:
             raise LibvirtError(f"{self._name} was copied, but {error}", f"virsh define {self.config}") from None
-        self._say(f"kept: {self.config}, and defined; {self._name} runs on its own images from here on")
+        self._say(f"kept: {self.config}, and defined; {self._name} has its own images from here on")
 
     def end(self) -> None:
         """Nothing is left to be done."""

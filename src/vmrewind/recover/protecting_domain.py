@@ -121,6 +121,9 @@ class ProtectingDomain:
         self._thread.start()
 
     def go_on(self, domain: Domain) -> None:
+        """Nothing: capture does not ask QEMU."""
+
+    def settle(self) -> None:
         """Once the images are complete, define the domain, and lead it to capture if this libvirt's QEMU comes back."""
         if self._told or self._thread.is_alive() or not self._completing.complete:
             return
@@ -131,7 +134,7 @@ class ProtectingDomain:
                 self.hand_over(self._paths.filling_socket)
             except OSError as error:
                 stays = f"; {error}: its disks stay behind this command until it ends"
-        self.define(f"{domain.name} has its own images from here on{stays}")
+        self.define(f"{self._vm.name} has its own images from here on{stays}")
 
     def end(self) -> None:
         """Its capture has ended as well: what its images lack by now, only a restore in place can complete."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from vmrewind.start.environment import without_credentials
 from vmrewind.start.freezer import FROZEN_SECONDS_MAX, THAW_PATIENCE_SECONDS
 from vmrewind.start.frozen_guest import LOOK_SECONDS
 from vmrewind.start.processes import running
+from vmrewind.start.readiness import readable
 from vmrewind.vmconfig.model import VmConfig
 
 CHANNEL_NAME: Final = "org.qemu.guest_agent.0"
@@ -137,7 +137,7 @@ class _Freezer:
     def told(self, deadline: float) -> dict[str, Any]:
         """The next thing that it tells. Raises _Silent."""
         while b"\n" not in self._received:
-            if not select.select([self._output], [], [], max(deadline - time.monotonic(), 0))[0]:
+            if not readable([self._output.fileno()], deadline - time.monotonic()):
                 raise _Silent("hangs", dead=False)
             received = os.read(self._output.fileno(), 64 << 10)
             if not received:

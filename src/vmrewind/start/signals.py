@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Final
+
+from vmrewind.start.readiness import readable
 
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, a service manager, a closed terminal."""
@@ -35,8 +36,7 @@ class Asked:
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether one came within ``seconds`` (None: for ever), or before."""
-        ready, _, _ = select.select([self._descriptor], [], [], seconds)
-        return bool(ready) and os.read(self._descriptor, 1) != b""
+        return bool(readable([self._descriptor], seconds)) and os.read(self._descriptor, 1) != b""
 
 
 @contextmanager
