@@ -346,6 +346,18 @@ def test_no_room_is_found_out_at_the_start_and_nothing_is_left_behind(small_file
     assert list((small_file_system / "journal").iterdir()) == []
 
 
+def test_a_journal_that_cannot_fit_takes_nothing_before_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To try, and give back, would leave other users of the file system without room meanwhile."""
+
+    def tried(*_: int) -> None:
+        pytest.fail("it allocates")
+
+    monkeypatch.setattr(os, "posix_fallocate", tried)
+    with pytest.raises(SpaceError, match="No space left on device"):
+        allotted(tmp_path / "journal", 900 << 40)
+    assert list((tmp_path / "journal").iterdir()) == []
+
+
 def test_a_second_start_without_room_keeps_the_first_ones_free_segments(small_file_system: Path) -> None:
     journal = small_file_system / "journal"
     Taker(allotted(journal, 2 * MIB)).take()

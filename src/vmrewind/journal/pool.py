@@ -102,6 +102,11 @@ class SegmentPool:
                 room -= self.segment_size
             else:
                 path.unlink()
+        wanted = min(room // self.segment_size, self._reserve - len(self._free)) * self.segment_size
+        found = os.statvfs(self.journal)
+        # What cannot be had is not tried: for as long as that takes, it would leave nothing to anybody else on the file system.
+        if self._reserve == self.segments_max and wanted > found.f_bfree * found.f_frsize:
+            raise self._no_room(os.strerror(errno.ENOSPC))
         serial = 0
         while room >= self.segment_size and len(self._free) + len(made) < self._reserve:
             path = self.journal / f"free-{serial:08d}.seg"
@@ -135,12 +140,15 @@ class SegmentPool:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            raise SpaceError(
-                f"{self.journal}: no room for a journal of {self.quota >> 20} MiB ({error.strerror})",
-                "free space there, set journal_size smaller, or set journal to another directory",
-            ) from error
+            raise self._no_room(error.strerror) from error
         finally:
             os.close(fd)
+
+    def _no_room(self, why: str | None) -> SpaceError:
+        return SpaceError(
+            f"{self.journal}: no room for a journal of {self.quota >> 20} MiB ({why})",
+            "free space there, set journal_size smaller, or set journal to another directory",
+        )
 
     def expire(self, may_recycle: Callable[[SegmentFile], Recycling], is_old: Callable[[SegmentFile], bool]) -> None:
         """Let go of what is old and may be recycled without loss: a part becomes the reserve, the rest goes to the file system."""
