@@ -22,6 +22,7 @@ from vmrewind.journal.runs import private
 from vmrewind.paths import VmPaths
 from vmrewind.start.control import status_in_time
 from vmrewind.start.frozen_guest import FREEZE_SECONDS, DirectGuest, Guest, LibvirtGuest, to_freeze
+from vmrewind.start.signals import ENDING
 
 ASK_SECONDS: Final = 3.0
 """For so long capture may take to say which record is the last."""
@@ -33,7 +34,7 @@ THAW_PATIENCE_SECONDS: Final = 300.0
 
 def main() -> None:
     """Read the order from stdin and carry it out."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     order = json.loads(sys.stdin.buffer.readline())
     guest = guest_of(order)
